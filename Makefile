@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check lint types zoo clean
+
+install: $(STAMP)
+
+# torch first and alone: where the machine offers a CPU wheel of this version, nothing later pulls CUDA arrays in.
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" torch==2.13.0
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/surgery demo --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+$(VENV)/.zoo: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check huggingface_hub pillow
+	touch $(VENV)/.zoo
+
+zoo: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/zoo.py $(ZOO)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

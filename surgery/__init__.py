@@ -1,0 +1,95 @@
+"""Surgery on trained PyTorch models: capture, passes, proof, and files that load anywhere.
+
+Everything public stands in `__all__`. Names are imported when they are first used, so that listing passes does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .calibration import Calibration as Calibration
+    from .capture import CapturedModel as CapturedModel
+    from .capture import capture as capture
+    from .context import Context as Context
+    from .data import Data as Data
+    from .errors import BudgetError as BudgetError
+    from .errors import CaptureError as CaptureError
+    from .errors import ExportError as ExportError
+    from .errors import InputError as InputError
+    from .errors import ModelError as ModelError
+    from .errors import PassError as PassError
+    from .errors import PluginError as PluginError
+    from .errors import RecipeError as RecipeError
+    from .errors import RunError as RunError
+    from .errors import SurgeryError as SurgeryError
+    from .export.onnx import export_onnx as export_onnx
+    from .export.source import export_source as export_source
+    from .graph import Layer as Layer
+    from .graph import bypass as bypass
+    from .graph import followers as followers
+    from .graph import layers as layers
+    from .graph import replace_layer as replace_layer
+    from .graph import set_module as set_module
+    from .graph import shape as shape
+    from .graph import sharing as sharing
+    from .hooks import hookimpl as hookimpl
+    from .inputs import Inputs as Inputs
+    from .load import load as load
+    from .measure import measure as measure
+    from .passes import Edit as Edit
+    from .passes import Pass as Pass
+    from .passes import PassReport as PassReport
+    from .passes import Skip as Skip
+    from .pipeline import Operation as Operation
+    from .pipeline import operate as operate
+    from .registry import Registry as Registry
+    from .verify import verify as verify
+
+_HOME = {
+    "calibration": ("Calibration",),
+    "capture": ("CapturedModel", "capture"),
+    "context": ("Context",),
+    "data": ("Data",),
+    "errors": (
+        "BudgetError",
+        "CaptureError",
+        "ExportError",
+        "InputError",
+        "ModelError",
+        "PassError",
+        "PluginError",
+        "RecipeError",
+        "RunError",
+        "SurgeryError",
+    ),
+    "export.onnx": ("export_onnx",),
+    "export.source": ("export_source",),
+    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "set_module", "shape", "sharing"),
+    "hooks": ("hookimpl",),
+    "inputs": ("Inputs",),
+    "load": ("load",),
+    "measure": ("measure",),
+    "passes": ("Edit", "Pass", "PassReport", "Skip"),
+    "pipeline": ("Operation", "operate"),
+    "registry": ("Registry",),
+    "verify": ("verify",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

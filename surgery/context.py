@@ -1,0 +1,66 @@
+"""What a pass is given beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .data import Data
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .calibration import Calibration
+    from .capture import CapturedModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is worked on, how many are done, and how many there are."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that is not shown."""
+
+
+@dataclass
+class Context:
+    """`original` is the captured model before the first pass; passes may aim at its activations. `seed` decides every
+    random choice of this step, `device` is where heavy work may run."""
+
+    original: CapturedModel
+    data: Data = field(default_factory=Data)
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = silent
+
+    @property
+    def has_calibration(self) -> bool:
+        return self.data.calibration is not None
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Statistics of the layers' inputs and outputs over the calibration data.
+
+        Raises:
+            InputError: no calibration data was given.
+        """
+        from .calibration import Calibration
+
+        self.require_calibration("this pass")
+        assert self.data.calibration is not None
+        return Calibration(self.data.calibration, original=self.original, device=self.device, progress=self.progress)
+
+    def require_calibration(self, who: str) -> None:
+        if not self.has_calibration:
+            raise InputError(
+                f"{who} needs calibration data and there is none",
+                fix="give data= in Python or --data module:function on the command line; labels are not needed",
+            )
+
+    def generator(self) -> torch.Generator:
+        """A CPU random generator seeded for this step."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)

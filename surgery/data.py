@@ -1,0 +1,77 @@
+"""Data in the four roles a recipe may need, and factories named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data for a run. Each role is an iterable of batches that can be iterated more than once.
+
+    `calibration` yields model inputs without labels (a tensor, a tuple or a dict of arguments); `evaluation` and
+    `training` yield `(inputs, target)`. `loss(output, target)` is a scalar tensor; `metric(output, target)` a number per
+    batch, higher is better, averaged over samples (default: top-1 accuracy).
+    """
+
+    calibration: Iterable[Any] | None = None
+    evaluation: Iterable[Any] | None = None
+    training: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    metric: Callable[[Any, Any], float] | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Data:
+        """`None`, an iterable of batches, or `Data`, as `Data`; a one-shot iterator is read into memory once."""
+        if value is None:
+            return cls()
+        data = value if isinstance(value, cls) else cls(calibration=value)
+        roles = {role: _repeatable(getattr(data, role), role) for role in ("calibration", "evaluation", "training")}
+        return cls(**roles, loss=data.loss, metric=data.metric)
+
+
+def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:
+    if batches is None:
+        return None
+    if not isinstance(batches, Iterable):
+        raise InputError(
+            f"{role} data is {type(batches).__name__}, not an iterable of batches",
+            fix="give a list of batches or a DataLoader",
+        )
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def limited(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
+    return islice(iter(batches), count)
+
+
+def import_object(reference: str, purpose: str) -> Any:
+    """The object named `module:name`, looked for in the working directory as well.
+
+    Raises:
+        InputError: no such module or name; says which part is missing.
+    """
+    module_name, _, name = reference.partition(":")
+    if not (module_name and name):
+        raise InputError(f"{purpose} {reference!r} is not of the form module:name", fix="for example mypackage.models:build")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"{purpose}: module {module_name!r} cannot be imported: {error}", fix="is it in this folder or installed?") from error
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = [n for n in dir(module) if not n.startswith("_")]
+            raise InputError(f"{purpose}: {module_name} has no {name!r}", fix=f"it has {', '.join(public[:12])}")
+        value = getattr(value, part)
+    return value

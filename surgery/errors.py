@@ -1,0 +1,55 @@
+"""Every error a user can cause: the value, its place, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """Base of all errors of this SDK.
+
+    `problem` names the offending value, `at` the place (file and line, recipe step, node), `fix` what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, at: str = "", fix: str = "") -> None:
+        self.problem, self.at, self.fix = problem, at, fix
+        lines = [problem, at and f"  at:  {at}", fix and f"  fix: {fix}"]
+        super().__init__("\n".join(line for line in lines if line))
+
+
+class CaptureError(SurgeryError):
+    """The model cannot be turned into a graph that reproduces it."""
+
+
+class ModelError(SurgeryError):
+    """The model, its weights or its factory are not what was asked for."""
+
+
+class InputError(SurgeryError):
+    """Example inputs or data do not fit the model, are empty, or hold NaN."""
+
+
+class RecipeError(SurgeryError):
+    """A recipe, or an option in it, is wrong. The person who wrote the recipe must act."""
+
+
+class PluginError(SurgeryError):
+    """A plugin does not load, clashes with another, or breaks the pass contract. Its author must act."""
+
+
+class PassError(SurgeryError):
+    """A pass failed on this model. The model stands as it was before the pass."""
+
+
+class ExportError(SurgeryError):
+    """The model could not be written in the format asked for."""
+
+
+class RunError(SurgeryError):
+    """A run folder is damaged, or belongs to another recipe, model or data."""
+
+
+class BudgetError(SurgeryError):
+    """The result breaks the recipe's budget. Artifacts and report are kept."""
+
+    exit_code = 3

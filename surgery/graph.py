@@ -1,0 +1,222 @@
+"""Questions to and edits of a captured graph: layers, who owns what, names, replacement, shapes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights, however it was written.
+
+    `module` holds weights and options; it is registered at `name` for module calls, and a stand-in that shares the
+    parameters for a functional call such as `F.conv2d(x, self.w)` (`functional` is then true).
+    `nodes` are its call sites in order of execution.
+    """
+
+    name: str
+    module: nn.Module
+    nodes: tuple[fx.Node, ...]
+    functional: bool = False
+
+    @property
+    def type(self) -> str:
+        return type(self.module).__name__
+
+
+def layers(model: fx.GraphModule) -> list[Layer]:
+    """Every layer that owns parameters, in order of first execution."""
+    from .raising import stand_in
+
+    found: dict[str, Layer] = {}
+    for node in model.graph.nodes:
+        functional = node.op == "call_function"
+        if node.op == "call_module":
+            name, module = str(node.target), model.get_submodule(str(node.target))
+        elif functional and (view := stand_in(model, node)) is not None:
+            name, module = view
+        else:
+            continue
+        if next(module.parameters(), None) is None:
+            continue
+        known = found.get(name)
+        if known and known.functional != functional:
+            name = f"{name}@{node.name}"
+            known = None
+        nodes = (*known.nodes, node) if known else (node,)
+        found[name] = Layer(name, known.module if known else module, nodes, functional)
+    return list(found.values())
+
+
+def matches(layer: Layer, pattern: str) -> bool:
+    """Whether `pattern` selects `layer`: its name, a module it stands in, or its type; `*`, `?` and `[…]` as in a shell."""
+    parts = layer.name.split(".")
+    names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (*names, layer.type))
+
+
+def sharing(model: fx.GraphModule, layer: Layer) -> str | None:
+    """Why `layer` may not be changed on its own, or None: called more than once, or its parameters belong to others too."""
+    if len(layer.nodes) > 1:
+        return f"called {len(layer.nodes)} times"
+    own = {id(p) for p in layer.module.parameters()}
+    prefix = f"{layer.name}." if not layer.functional else "\0"
+    aliases = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in own and not name.startswith(prefix)
+    ]
+    if not layer.functional and aliases:
+        return f"shares its parameters with {aliases[0]}"
+    readers = {n for n in model.graph.nodes if n.op == "get_attr" and id(get_attribute(model, str(n.target))) in own}
+    outside = [user for reader in readers for user in reader.users if user not in layer.nodes]
+    return f"shares its parameters with node {outside[0].name}" if outside else None
+
+
+def get_attribute(model: nn.Module, name: str) -> Any:
+    """The module, parameter or buffer at the dotted `name`."""
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Register `module` at the dotted `name`, making containers on the way."""
+    *path, leaf = name.split(".")
+    parent = model
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        child = parent._modules[part]
+        assert child is not None
+        parent = child
+    parent.add_module(leaf, module)
+
+
+def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Module]) -> None:
+    """Put the modules `parts`, called one after the other, where `layer` was called.
+
+    `parts` are registered below the layer's name (`{"depthwise": …}` → `features.3.depthwise`); a single part named ""
+    takes the layer's own name. Training mode follows the model's.
+    """
+    base = layer.name.replace("@", "_")
+    container = nn.Module()
+    if list(parts) != [""]:
+        set_module(model, base, container)
+    for suffix, module in parts.items():
+        set_module(model, f"{base}.{suffix}" if suffix else base, module.train(model.training))
+    for node in layer.nodes:
+        _replace_call(model.graph, node, [f"{base}.{suffix}" if suffix else base for suffix in parts])
+    if layer.functional:
+        remove_unused(model)
+
+
+def _replace_call(graph: fx.Graph, node: fx.Node, targets: Sequence[str]) -> None:
+    value = node.args[0]
+    with graph.inserting_before(node):
+        for target in targets:
+            value = graph.call_module(target, (value,))
+            value.meta["module_path"] = target
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def bypass(model: fx.GraphModule, node: fx.Node) -> None:
+    """Remove `node`; its users read its first input."""
+    node.replace_all_uses_with(node.args[0])
+    model.graph.erase_node(node)
+
+
+def remove_unused(model: fx.GraphModule) -> None:
+    """Drop nodes without users, then modules, parameters and buffers that no node reads."""
+    model.graph.eliminate_dead_code()
+    called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+    read = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
+
+    def prune(module: nn.Module, name: str) -> bool:
+        if name in called:
+            return True
+        path = f"{name}." if name else ""
+        for store in (module._parameters, module._buffers):
+            for key in [k for k in store if f"{path}{k}" not in read]:
+                delattr(module, key)
+        for key in [k for k, child in module._modules.items() if child is None or not prune(child, f"{path}{k}")]:
+            del module._modules[key]
+        return bool(module._parameters or module._buffers or module._modules)
+
+    prune(model, "")
+
+
+def leaf_inputs(inputs: Inputs) -> list[Any]:
+    """The inputs as the graph's placeholders take them, in order."""
+    return tree_leaves((inputs.args, inputs.kwargs))
+
+
+class Recorder(fx.Interpreter):
+    """Runs a captured graph and shows every node's value to `see(node, value)`."""
+
+    def see(self, node: fx.Node, value: Any) -> None:
+        raise NotImplementedError
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.see(n, value)
+        return value
+
+    def run_inputs(self, inputs: Inputs) -> Any:
+        """Flat outputs of one forward; no gradients."""
+        with torch.no_grad():
+            return self.run(*leaf_inputs(inputs), enable_io_processing=False)
+
+
+class _Shapes(Recorder):
+    def see(self, node: fx.Node, value: Any) -> None:
+        node.meta.pop("val", None)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            node.meta["tensor_meta"] = tree_map_only(Tensor, _extract_tensor_metadata, value)
+
+
+def propagate(model: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    """Run the model once and note every node's shape and type in `node.meta["tensor_meta"]`; the flat outputs come back."""
+    return list(tree_leaves(_Shapes(model).run_inputs(inputs)))
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the node's (single) result at the example batch."""
+    meta = node.meta["tensor_meta"]
+    assert isinstance(meta, TensorMetadata)
+    return tuple(meta.shape)
+
+
+def followers(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes reached by following single users, nearest first."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        yield node
+
+
+def retarget(graph: fx.Graph, device: torch.device) -> None:
+    """Constants made inside the graph (`zeros(…, device=cpu)`) move to `device`."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, shared ones under each name, non-persistent buffers included."""
+    named: Iterable[tuple[str, Tensor]] = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return dict(named)

@@ -1,0 +1,40 @@
+"""The hooks a plugin may implement. Each returns contributions; none is called back into the host.
+
+A plugin is a module named by an entry point in the group `surgery`:
+
+    [project.entry-points.surgery]
+    my_pass = "my_package.my_pass"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from .passes import Pass
+
+hookspec = pluggy.HookspecMarker("surgery")
+hookimpl = pluggy.HookimplMarker("surgery")
+
+
+@hookspec
+def surgery_passes() -> Sequence[type[Pass]]:  # type: ignore[empty-body]
+    """Pass classes to offer in recipes.
+
+    Each is a frozen dataclass deriving from `surgery.Pass`; its recipe key is the class name in snake case and must be
+    unique over all plugins.
+    """
+
+
+@hookspec
+def surgery_recipes() -> Sequence[Traversable]:  # type: ignore[empty-body]
+    """Recipe files to offer by name.
+
+    Each is a path or an `importlib.resources` entry ending in `.yaml`; its name is the file name without the ending and
+    must be unique over all plugins.
+    """

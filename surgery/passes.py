@@ -1,0 +1,189 @@
+"""The pass contract: what a pass is, what it reports, and the one place where the contract is enforced.
+
+    check options and traits → work on a snapshot → lint → run the example → compare with the report → result
+
+A pass edits the snapshot it is handed; the model before it stays as it was, so a pass that fails costs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+
+from pydantic import Field
+
+from .errors import PassError, PluginError, RecipeError, SurgeryError
+
+if TYPE_CHECKING:
+    from .capture import CapturedModel
+    from .context import Context
+    from .graph import Layer
+
+Patterns = Annotated[
+    tuple[str, ...],
+    Field(description="patterns on layer names (with all below them) or layer types, such as `features.*` or `Conv2d`"),
+]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: the layer (its name before the pass), what was done, and measured numbers with the unit in the key."""
+
+    layer: str
+    what: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer the pass would have changed, and why it did not."""
+
+    layer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a pass did and left alone, in order of execution."""
+
+    edits: tuple[Edit, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.edits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A transformation of a captured model. Subclasses are frozen dataclasses whose fields are the recipe's options.
+
+    Every option is annotated with its meaning, unit and range: `rank: Annotated[int, Field(ge=1, description="…")] = 8`.
+    The first line of the class docstring is the pass's summary; the docstring names the paper it follows.
+    """
+
+    select: Patterns = ()
+    """Only these layers; empty = all."""
+    exclude: Patterns = ()
+    """Not these layers."""
+
+    exact: ClassVar[bool] = False
+    """The result computes the same function in eval mode, up to float rounding; the runner holds it to `exact_bound`."""
+    exact_bound: ClassVar[float] = 1e-4
+    """Largest deviation of an exact pass on the example, relative to the largest output. Rounding grows with depth: folding all
+    BatchNorms of a 100-layer network in float32 moves outputs by about 1e-6 to 1e-5."""
+    idempotent: ClassVar[bool] = True
+    """A second application with the same options makes no edit."""
+    needs_calibration: ClassVar[bool] = False
+    """The pass cannot run without calibration data."""
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Traits the model has after the pass, such as `int8`."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Traits after which this pass cannot run, each with the reason and the order that works."""
+
+    @classmethod
+    def name(cls) -> str:
+        """Recipe key: the class name in snake case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
+    def summary(cls) -> str:
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, defaults included."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @abstractmethod
+    def apply(self, model: CapturedModel, context: Context) -> PassReport:
+        """Edit `model` in place and report every edit and skip, each with its reason.
+
+        Parameters are shared with the model before the pass: replace them, never write into them.
+        """
+
+    def selected(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers that `select` and `exclude` leave, in order.
+
+        Raises:
+            RecipeError: a pattern matches none of `layers`.
+        """
+        from .graph import matches
+
+        layers = list(layers)
+        for option in ("select", "exclude"):
+            for pattern in getattr(self, option):
+                if not any(matches(layer, pattern) for layer in layers):
+                    raise RecipeError(
+                        f"{option}: {pattern!r} matches no layer{_close(pattern, layers)}",
+                        at=f"pass {self.name()}",
+                        fix="`surgery inspect` lists the layers of the model",
+                    )
+        return [
+            layer
+            for layer in layers
+            if (not self.select or any(matches(layer, p) for p in self.select))
+            and not any(matches(layer, p) for p in self.exclude)
+        ]
+
+    @final
+    def __call__(self, model: CapturedModel, context: Context) -> tuple[CapturedModel, PassReport]:
+        """Run the pass under the contract: the edited copy and its report. `model` is not changed.
+
+        Raises:
+            PassError: the pass failed, or its result does not run, has other outputs or is not exact where it says so.
+            PluginError: the pass broke the contract: wrong return, a report that does not match what it did, weights
+                written in place, an edit or skip without a reason.
+        """
+        from . import contract
+
+        try:
+            if self.needs_calibration:
+                context.require_calibration(self.name())
+            edited = contract.snapshot(model)
+            watched = contract.versions(model)
+            report = contract.check_report(self, self.apply(edited, context))
+            contract.check_untouched(self, watched)
+            contract.check_result(self, model, edited, report)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"{type(error).__name__}: {error}",
+                at=f"pass {self.name()}",
+                fix="the model is unchanged; exclude the layer with `exclude:`, or report this to the plugin's author",
+            ) from error
+        return edited, report
+
+
+def check_class(cls: Any, place: str) -> type[Pass]:
+    """`cls` as a pass class that keeps the rules for definitions; PluginError quotes what is wrong."""
+    problem = _definition_problem(cls)
+    if problem:
+        raise PluginError(f"{getattr(cls, '__name__', cls)!s}: {problem}", at=place, fix="see docs/plugins.md")
+    assert isinstance(cls, type)
+    return cls
+
+
+def _definition_problem(cls: Any) -> str | None:
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        return "is not a subclass of surgery.Pass"
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if "__dataclass_fields__" not in cls.__dict__ or parameters is None or not parameters.frozen:
+        return "is not a frozen dataclass (@dataclass(frozen=True, kw_only=True))"
+    if not cls.summary() or cls.summary().startswith(f"{cls.__name__}("):
+        return "has no docstring; its first line is the pass's summary"
+    if cls.__abstractmethods__:
+        return f"does not define {', '.join(sorted(cls.__abstractmethods__))}"
+    return None
+
+
+def _close(pattern: str, layers: list[Layer]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(pattern, {n for layer in layers for n in (layer.name, layer.type)}, 3)
+    return f" (did you mean {', '.join(close)}?)" if close else ""

@@ -1,0 +1,140 @@
+"""Finds plugins by entry point and keeps what they contribute, by name. Built where it is used; there is no global one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import pluggy
+
+from . import hooks
+from .errors import PluginError, RecipeError
+from .passes import Pass, check_class
+
+GROUP = "surgery"
+
+
+@dataclass(frozen=True)
+class Provided:
+    """A contribution and the plugin module it came from."""
+
+    value: Any
+    plugin: str
+
+
+class Registry:
+    """Passes and recipes by name."""
+
+    def __init__(self, plugins: Iterable[object] = ()) -> None:
+        """Only the given plugin objects (modules or instances with hook implementations)."""
+        self._manager = pluggy.PluginManager("surgery")
+        self._manager.add_hookspecs(hooks)
+        for plugin in plugins:
+            self._register(plugin, getattr(plugin, "__name__", type(plugin).__name__))
+        self._collect()
+
+    @classmethod
+    def load(cls, extra: Iterable[object] = ()) -> Registry:
+        """Every installed plugin, and `extra` ones.
+
+        Raises:
+            PluginError: a plugin does not import, misspells a hook, or offers a name another plugin has.
+        """
+        modules = [_import(point) for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value))]
+        return cls([*modules, *extra])
+
+    @property
+    def passes(self) -> dict[str, type[Pass]]:
+        return {name: provided.value for name, provided in sorted(self._passes.items())}
+
+    @property
+    def recipes(self) -> dict[str, Traversable]:
+        return {name: provided.value for name, provided in sorted(self._recipes.items())}
+
+    def provider(self, name: str) -> str:
+        """Import name of the plugin that offers the pass `name`."""
+        return self._passes[name].plugin
+
+    def find_pass(self, name: str) -> type[Pass]:
+        """The pass class; RecipeError with the nearest names and the whole list where there is none."""
+        if name not in self._passes:
+            raise RecipeError(f"unknown pass {name!r}{did_you_mean(name, self._passes)}", fix=f"known passes: {', '.join(self.passes)}")
+        return self.passes[name]
+
+    def find_recipe(self, name: str) -> Traversable:
+        if name not in self._recipes:
+            raise RecipeError(
+                f"no recipe named {name!r}, and no such file{did_you_mean(name, self._recipes)}",
+                fix=f"known recipes: {', '.join(self.recipes)}; or give the path of a .yaml file",
+            )
+        return self.recipes[name]
+
+    def _register(self, plugin: object, name: str) -> None:
+        try:
+            self._manager.register(plugin, name)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise PluginError(str(error), at=f"plugin {name}", fix="see docs/plugins.md for the hooks and their arguments") from error
+
+    def _collect(self) -> None:
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            known = ", ".join(sorted(n for n in vars(hooks) if n.startswith("surgery_")))
+            raise PluginError(str(error), fix=f"the hooks are {known}") from error
+        for plugin in self._manager.get_plugins():
+            misspelt = [n for n in dir(plugin) if n.startswith("surgery_") and n not in vars(hooks)]
+            if misspelt:
+                raise PluginError(
+                    f"{misspelt[0]} is no hook{did_you_mean(misspelt[0], vars(hooks))}", at=f"plugin {self._manager.get_name(plugin)}"
+                )
+        self._passes = self._gather("surgery_passes", _pass_name)
+        self._recipes = self._gather("surgery_recipes", _recipe_name)
+
+    def _gather(self, hook: str, name_of: Any) -> dict[str, Provided]:
+        found: dict[str, Provided] = {}
+        for implementation in sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=lambda i: i.plugin_name):
+            try:
+                values = list(implementation.function())
+            except Exception as error:
+                raise PluginError(f"{hook} fails: {error}", at=f"plugin {implementation.plugin_name}") from error
+            for value in values:
+                name = name_of(value, implementation.plugin_name)
+                if name in found:
+                    raise PluginError(
+                        f"two plugins offer {name!r}: {found[name].plugin} and {implementation.plugin_name}",
+                        fix="uninstall one, or rename its class",
+                    )
+                found[name] = Provided(value, implementation.plugin_name)
+        return found
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 3, 0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _import(point: EntryPoint) -> object:
+    try:
+        return point.load()
+    except Exception as error:
+        package = point.dist.name if point.dist else point.value
+        raise PluginError(
+            f"plugin {point.name!r} does not import: {type(error).__name__}: {error}",
+            at=f"entry point {point.value} of package {package}",
+            fix=f"repair it, or uninstall {package}",
+        ) from error
+
+
+def _pass_name(value: Any, plugin: str) -> str:
+    return check_class(value, f"plugin {plugin}").name()
+
+
+def _recipe_name(value: Any, plugin: str) -> str:
+    name = str(getattr(value, "name", value))
+    if not name.endswith(".yaml"):
+        raise PluginError(f"recipe {name!r} does not end in .yaml", at=f"plugin {plugin}")
+    return name.rpartition("/")[2].removesuffix(".yaml")
