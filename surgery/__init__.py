@@ -1,6 +1,7 @@
 """Surgery on trained PyTorch models: capture, passes, proof, and files that load anywhere.
 
-Everything public stands in `__all__`. Names are imported when they are first used, so that listing passes does not load torch.
+Everything public stands in `__all__`. Names are imported when they are first used, so that listing passes does not load
+torch.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ class CapturedModel(fx.GraphModule):
 
     @property
     def capture_error(self) -> float:
-        """Largest deviation from the original on the example and another batch size, relative to the largest output."""
+        """Largest deviation from the original, on the example and another batch, relative to the largest output."""
         return self._info.error
 
     @property
@@ -97,8 +97,8 @@ class CapturedModel(fx.GraphModule):
 def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     """A graph of `model` in eval mode whose layers keep their names, checked against the model itself.
 
-    `example_inputs`: a tensor, a tuple of arguments, or a dict of arguments by name; the batch is dimension 0. The batch
-    size stays free where the model allows it. `model` is not changed, the result holds a copy of its weights.
+    `example_inputs`: a tensor, a tuple of arguments, or a dict of arguments by name; the batch is dimension 0. The
+    batch size stays free where the model allows it. `model` is not changed, the result holds a copy of its weights.
 
     Raises:
         InputError: the inputs do not fit the signature, or hold NaN.
@@ -306,7 +306,9 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _shapes(inputs: Inputs) -> str:
-    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in inputs.named_tensors.items())
+    return ", ".join(
+        f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in inputs.named_tensors.items()
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -322,11 +324,13 @@ def _user_line(error: BaseException) -> str:
 
 def _capture_error(error: Exception) -> CaptureError:
     text = str(error)
-    data_dependent = "data-dependent" in text or "unbacked" in text or type(error).__name__.startswith("GuardOnDataDependent")
+    data_dependent = (
+        "data-dependent" in text or "unbacked" in text or type(error).__name__.startswith("GuardOnDataDependent")
+    )
     fix = (
         "the forward decides on the values of a tensor: use torch.where or torch.cond instead of a Python if"
         if data_dependent
-        else "write the line with tensor operations; torch.export.draft_export(model, inputs) reports every obstacle at once"
+        else "write the line with tensor operations; torch.export.draft_export(model, inputs) reports every obstacle"
     )
     return CaptureError(f"torch.export cannot follow the model: {_first_line(error)}", at=_user_line(error), fix=fix)
 

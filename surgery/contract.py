@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .capture import CapturedModel, relative_error
 from .errors import PassError, PluginError
@@ -34,10 +34,10 @@ def check_report(step: Pass, report: Any) -> PassReport:
     place = f"pass {step.name()}"
     if not isinstance(report, PassReport):
         raise PluginError(f"apply returned {type(report).__name__}, not a PassReport", at=place)
-    for entry in (*report.edits, *report.skips):
-        reason = getattr(entry, "what", getattr(entry, "why", ""))
-        if not (entry.layer and reason):
-            raise PluginError(f"{entry} lacks its layer or its reason", at=place)
+    given = [(e.layer, e.what) for e in report.edits] + [(s.layer, s.why) for s in report.skips]
+    for layer, reason in given:
+        if not (layer and reason):
+            raise PluginError(f"an edit or skip lacks its layer or its reason: {layer!r}, {reason!r}", at=place)
     return report
 
 
@@ -78,7 +78,8 @@ def _check_outputs(step: Pass, before: CapturedModel, after: CapturedModel, plac
         actual = [v for v in propagate(after, after.inputs) if isinstance(v, Tensor)]
     if [(a.shape, a.dtype) for a in actual] != [(e.shape, e.dtype) for e in expected]:
         raise PassError(
-            f"the outputs change from {[tuple(e.shape) for e in expected]} to {[tuple(a.shape) for a in actual]}", at=place
+            f"the outputs change from {[tuple(e.shape) for e in expected]} to {[tuple(a.shape) for a in actual]}",
+            at=place,
         )
     for value, reference in zip(actual, expected, strict=True):
         if value.is_floating_point() and bool(value.isnan().any()) and not bool(reference.isnan().any()):
@@ -109,10 +110,13 @@ def _changed(before: CapturedModel, after: CapturedModel) -> str | None:
     for name in old:
         if old[name] is not new[name] and not _same(old[name], new[name]):
             return name
-    for name, module in before.named_modules():
-        if type(module) is not type(after.get_submodule(name)) or module.extra_repr() != after.get_submodule(name).extra_repr():
-            return name
-    return None
+    modules = dict(after.named_modules())
+    differing = [name for name, module in before.named_modules() if _options(module) != _options(modules[name])]
+    return differing[0] if differing else None
+
+
+def _options(module: nn.Module) -> tuple[type[nn.Module], str]:
+    return type(module), module.extra_repr()
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

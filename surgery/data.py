@@ -18,8 +18,8 @@ class Data:
     """Data for a run. Each role is an iterable of batches that can be iterated more than once.
 
     `calibration` yields model inputs without labels (a tensor, a tuple or a dict of arguments); `evaluation` and
-    `training` yield `(inputs, target)`. `loss(output, target)` is a scalar tensor; `metric(output, target)` a number per
-    batch, higher is better, averaged over samples (default: top-1 accuracy).
+    `training` yield `(inputs, target)`. `loss(output, target)` is a scalar tensor; `metric(output, target)` a number
+    per batch, higher is better, averaged over samples (default: top-1 accuracy).
     """
 
     calibration: Iterable[Any] | None = None
@@ -61,13 +61,17 @@ def import_object(reference: str, purpose: str) -> Any:
     """
     module_name, _, name = reference.partition(":")
     if not (module_name and name):
-        raise InputError(f"{purpose} {reference!r} is not of the form module:name", fix="for example mypackage.models:build")
+        raise InputError(
+            f"{purpose} {reference!r} is not of the form module:name", fix="for example mypackage.models:build"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(f"{purpose}: module {module_name!r} cannot be imported: {error}", fix="is it in this folder or installed?") from error
+        raise InputError(
+            f"{purpose}: module {module_name!r} cannot be imported: {error}", fix="is it in this folder or installed?"
+        ) from error
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):

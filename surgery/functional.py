@@ -4,14 +4,15 @@
     v = select(x, 1, 0); fill_(v, 1)  →   v' = fill(v, 1); x' = select_scatter(x, v', 1, 0); later uses of x read x'
 
 The second form runs the chain of views from the written value back to its base, one inverse per view, and derives the
-other views of the same base anew where something still reads them. `torch.export`'s own functionalisation does the same,
-but decomposes BatchNorm and drops dropout on the way.
+other views of the same base anew where something still reads them. `torch.export`'s own functionalisation does the
+same, but decomposes BatchNorm and drops dropout on the way.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def _propagate_write(
     stale = [n for n in family if n is not written and any(position.get(u, -1) > position[at] for u in n.users)]
     current = {written: new}
     if stale:
-        for view, base in zip(chain, chain[1:], strict=False):
+        for view, base in pairwise(chain):
             inverse = _SCATTER.get(view.target)
             if inverse is None:
                 raise _unsupported(at, str(view.target))

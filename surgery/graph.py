@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Layer:
 
 
 def layers(model: fx.GraphModule) -> list[Layer]:
-    """Every layer that owns parameters, in order of first execution."""
+    """Every layer that owns parameters or running statistics, in order of first execution."""
     from .raising import stand_in
 
     found: dict[str, Layer] = {}
@@ -47,10 +48,10 @@ def layers(model: fx.GraphModule) -> list[Layer]:
             name, module = view
         else:
             continue
-        if next(module.parameters(), None) is None:
+        if next(chain(module.parameters(), module.buffers()), None) is None:
             continue
         known = found.get(name)
-        if known and known.functional != functional:
+        if known and (known.functional != functional or known.module.extra_repr() != module.extra_repr()):
             name = f"{name}@{node.name}"
             known = None
         nodes = (*known.nodes, node) if known else (node,)
@@ -59,16 +60,19 @@ def layers(model: fx.GraphModule) -> list[Layer]:
 
 
 def matches(layer: Layer, pattern: str) -> bool:
-    """Whether `pattern` selects `layer`: its name, a module it stands in, or its type; `*`, `?` and `[…]` as in a shell."""
+    """Whether `pattern` selects `layer`: its name, a module it stands in, or its type (`*`, `?`, `[…]`)."""
     parts = layer.name.split(".")
     names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(name, pattern) for name in (*names, layer.type))
 
 
 def sharing(model: fx.GraphModule, layer: Layer) -> str | None:
-    """Why `layer` may not be changed on its own, or None: called more than once, or its parameters belong to others too."""
-    if len(layer.nodes) > 1:
-        return f"called {len(layer.nodes)} times"
+    """Why `layer` may not be changed on its own (called twice, or its parameters belong to others too), or None."""
+    return f"called {len(layer.nodes)} times" if len(layer.nodes) > 1 else tied(model, layer)
+
+
+def tied(model: fx.GraphModule, layer: Layer) -> str | None:
+    """Why `layer` may not be changed at all its calls (its parameters belong to others too), or None."""
     own = {id(p) for p in layer.module.parameters()}
     prefix = f"{layer.name}." if not layer.functional else "\0"
     aliases = [
@@ -111,15 +115,24 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
     takes the layer's own name. Training mode follows the model's.
     """
     base = layer.name.replace("@", "_")
-    container = nn.Module()
+    while layer.functional and _exists(model, base):
+        base = f"{base}_{layer.type.lower()}"
     if list(parts) != [""]:
-        set_module(model, base, container)
+        set_module(model, base, nn.Module().train(model.training))
     for suffix, module in parts.items():
         set_module(model, f"{base}.{suffix}" if suffix else base, module.train(model.training))
     for node in layer.nodes:
         _replace_call(model.graph, node, [f"{base}.{suffix}" if suffix else base for suffix in parts])
     if layer.functional:
         remove_unused(model)
+
+
+def _exists(model: nn.Module, name: str) -> bool:
+    try:
+        get_attribute(model, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _replace_call(graph: fx.Graph, node: fx.Node, targets: Sequence[str]) -> None:
@@ -188,7 +201,7 @@ class _Shapes(Recorder):
 
 
 def propagate(model: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    """Run the model once and note every node's shape and type in `node.meta["tensor_meta"]`; the flat outputs come back."""
+    """Run the model once and note every node's shape and type in `node.meta["tensor_meta"]`. Gives the flat outputs."""
     return list(tree_leaves(_Shapes(model).run_inputs(inputs)))
 
 

@@ -26,7 +26,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model: nn.Module, value: Any) -> Inputs:
-        """`value` as arguments for `model`: a tensor, a tuple or list of arguments, a dict of arguments by name, or `Inputs`.
+        """`value` as arguments for `model`: a tensor, a tuple or list of arguments, a dict by name, or `Inputs`.
 
         Arguments are bound by the signature, so that every form of the same call gives the same `Inputs`: positional
         as far as the signature allows, defaults left out. A dict whose keys are no parameter names is one argument.
@@ -83,9 +83,7 @@ class Inputs:
         """Raises InputError naming the tensor where a floating-point input holds NaN or infinity."""
         for name, tensor in self.named_tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(
-                    f"input {name} holds NaN or infinity", at=place, fix="remove or repair these samples"
-                )
+                raise InputError(f"input {name} holds NaN or infinity", at=place, fix="remove or repair these samples")
 
 
 def _from_mapping(signature: inspect.Signature, value: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

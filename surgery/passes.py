@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from .errors import PassError, PluginError, RecipeError, SurgeryError
 
@@ -30,7 +30,7 @@ Patterns = Annotated[
 
 @dataclass(frozen=True)
 class Edit:
-    """One change: the layer (its name before the pass), what was done, and measured numbers with the unit in the key."""
+    """One change: the layer (its name before the pass), what was done, and measured numbers by name."""
 
     layer: str
     what: str
@@ -62,9 +62,11 @@ class PassReport:
 class Pass(ABC):
     """A transformation of a captured model. Subclasses are frozen dataclasses whose fields are the recipe's options.
 
-    Every option is annotated with its meaning, unit and range: `rank: Annotated[int, Field(ge=1, description="…")] = 8`.
+    Every option carries its meaning, unit and range: `rank: Annotated[int, Field(ge=1, description="…")] = 8`.
     The first line of the class docstring is the pass's summary; the docstring names the paper it follows.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     select: Patterns = ()
     """Only these layers; empty = all."""
@@ -72,10 +74,9 @@ class Pass(ABC):
     """Not these layers."""
 
     exact: ClassVar[bool] = False
-    """The result computes the same function in eval mode, up to float rounding; the runner holds it to `exact_bound`."""
+    """The result computes the same function in eval mode up to rounding; it is held to `exact_bound`."""
     exact_bound: ClassVar[float] = 1e-4
-    """Largest deviation of an exact pass on the example, relative to the largest output. Rounding grows with depth: folding all
-    BatchNorms of a 100-layer network in float32 moves outputs by about 1e-6 to 1e-5."""
+    """Largest deviation of an exact pass on the example, relative to the largest output; rounding grows with depth."""
     idempotent: ClassVar[bool] = True
     """A second application with the same options makes no edit."""
     needs_calibration: ClassVar[bool] = False

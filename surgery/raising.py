@@ -1,9 +1,10 @@
 """Raise aten calls with weights back to `torch.nn` modules under the names their weights have.
 
-    conv2d(x, p_stem_weight, p_stem_bias, [2, 2], [1, 1])   →   stem(x),  stem = nn.Conv2d(3, 64, 3, stride=2, padding=1)
+    conv2d(x, p_stem_weight, p_stem_bias, [2, 2], [1, 1])   →   stem(x), stem = nn.Conv2d(3, 64, 3, 2, 1)
 
-A call is raised when the tensors it reads are exactly those of one module, each under the role the `torch.nn` class gives
-it; everything else stays a function of `get_attr` operands. Dropout is raised too: it is what export sees of training mode.
+A call is raised when the tensors it reads are exactly those of one module, each under the role the `torch.nn` class
+gives it; everything else stays a function of `get_attr` operands. Dropout is raised too: it is what export sees of
+training mode.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-
 
 from .graph import get_attribute, set_module
 
@@ -155,7 +155,9 @@ def _recurrent(cls: type[nn.RNNBase], **fixed: Any) -> Rule:
 
 def _dropout(prefix: str) -> Rule:
     def rule(a: Arguments, owner: nn.Module | None, value: Callable[[Any], Tensor]) -> Raised:
-        cls: type[nn.Module] = getattr(nn, f"{prefix}Dropout") if prefix in ("", "Alpha", "FeatureAlpha") else nn.Dropout
+        cls: type[nn.Module] = (
+            getattr(nn, f"{prefix}Dropout") if prefix in ("", "Alpha", "FeatureAlpha") else nn.Dropout
+        )
         if prefix == "Feature":
             cls = getattr(nn, f"Dropout{max(1, a['input'].meta['val'].ndim - 2)}d")
         if isinstance(owner, nn.modules.dropout._DropoutNd) and type(owner).__module__.startswith("torch.nn"):
@@ -226,7 +228,9 @@ class Raiser:
     parameters and buffers the raised modules take over.
     """
 
-    def __init__(self, source: fx.Graph, names: Mapping[str, str], constants: Mapping[str, Any], origin: nn.Module) -> None:
+    def __init__(
+        self, source: fx.Graph, names: Mapping[str, str], constants: Mapping[str, Any], origin: nn.Module
+    ) -> None:
         self.source, self.names, self.constants, self.origin = source, names, constants, origin
         self.root = nn.Module()
         self.graph = fx.Graph()
@@ -358,7 +362,7 @@ class Raiser:
         if isinstance(tensor, nn.Parameter):
             home.register_parameter(leaf, tensor)
         else:
-            home.register_buffer(leaf, tensor, persistent=name in self.origin.state_dict().keys())
+            home.register_buffer(leaf, tensor, persistent=name in self.origin.state_dict())
 
     def _raise(self, node: fx.Node) -> fx.Node:
         name, raised = self.plans[node]
@@ -409,8 +413,9 @@ def stand_in(model: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module] | No
         return None
     if not tensors:
         return None
-    name = str(raised.roles["weight"].target)
-    return name.removesuffix(".weight"), raised.build(tensors).train(model.training)
+    first = next(ref for ref in raised.roles.values() if ref is not None)  # the weight, where there is one
+    name = str(first.target)
+    return name.removesuffix(".weight").removesuffix(".running_mean"), raised.build(tensors).train(model.training)
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module | None:
@@ -434,5 +439,3 @@ def _is_no_op(node: fx.Node) -> bool:
 
 def _kept_meta(node: fx.Node) -> dict[str, Any]:
     return {"module_path": module_path(node), "stack_trace": node.meta.get("stack_trace", "")}
-
-

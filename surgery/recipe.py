@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,10 +27,16 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    accuracy_drop: float | None = Field(None, ge=0, le=1, description="largest loss of accuracy (0.01 = one point of 100); needs evaluation data")
-    top1_agreement: float | None = Field(None, ge=0, le=1, description="smallest share of samples with the original's top-1 class")
+    accuracy_drop: float | None = Field(
+        None, ge=0, le=1, description="largest loss of accuracy (0.01 = one point of 100); needs evaluation data"
+    )
+    top1_agreement: float | None = Field(
+        None, ge=0, le=1, description="smallest share of samples with the original's top-1 class"
+    )
     sqnr_db: float | None = Field(None, description="smallest signal-to-quantisation-noise ratio of the outputs, in dB")
-    parity: float | None = Field(None, gt=0, description="largest deviation of ONNX Runtime from PyTorch, relative to the largest output")
+    parity: float | None = Field(
+        None, gt=0, description="largest deviation of ONNX Runtime from PyTorch, relative to the largest output"
+    )
 
 
 class Recipe(BaseModel):
@@ -42,8 +48,8 @@ class Recipe(BaseModel):
     description: str = Field("", description="when to use the recipe, and what it did on what")
     seed: int = Field(0, ge=0, description="decides every random choice")
     passes: Annotated[list[dict[str, dict[str, Any] | None]], Field(min_length=1)]
-    budget: Budget = Field(default_factory=lambda: Budget())
-    export: list[Format] = Field(default_factory=lambda: ["onnx", "source"], description="files to write")
+    budget: Budget = Field(default_factory=Budget)
+    export: list[Format] = Field(default=["onnx", "source"], description="files to write")
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset; by default the exporter's own")
 
 
@@ -83,13 +89,17 @@ def resolve(recipe: str | Path | Mapping[str, Any], registry: Registry) -> Plan:
 def _read(recipe: str | Path | Mapping[str, Any], registry: Registry) -> tuple[Any, str]:
     if isinstance(recipe, Mapping):
         return dict(recipe), f"recipe {recipe.get('name', 'given as a dict')!s}"
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(f"the recipe is no mapping but {type(recipe).__name__}", fix="give a name, a path or a dict")
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
             return load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}", fix="check the path") from error
-    return load_yaml(registry.find_recipe(str(recipe)).read_text(encoding="utf-8"), f"recipe {recipe}"), f"recipe {recipe}"
+    return load_yaml(
+        registry.find_recipe(str(recipe)).read_text(encoding="utf-8"), f"recipe {recipe}"
+    ), f"recipe {recipe}"
 
 
 def _validated(raw: Any, place: str) -> Recipe:
@@ -101,12 +111,18 @@ def _validated(raw: Any, place: str) -> Recipe:
     try:
         return Recipe.model_validate(normal)
     except ValidationError as error:
-        raise RecipeError(describe(error.errors()[0], Recipe.model_fields), at=place, fix="`surgery schema` prints the schema") from error
+        raise RecipeError(
+            describe(error.errors()[0], Recipe.model_fields), at=place, fix="`surgery schema` prints the schema"
+        ) from error
 
 
 def _build(index: int, entry: Mapping[str, Any], registry: Registry, place: str) -> Pass:
     if len(entry) != 1:
-        raise RecipeError(f"passes.{index} has {len(entry)} keys, not one pass name", at=place, fix="write each pass as its own list item")
+        raise RecipeError(
+            f"passes.{index} has {len(entry)} keys, not one pass name",
+            at=place,
+            fix="write each pass as its own list item",
+        )
     [(name, options)] = entry.items()
     try:
         return build_pass(registry.find_pass(name), options or {})
@@ -123,23 +139,23 @@ def build_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     known = cls.__dataclass_fields__
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise RecipeError(f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}", fix=f"options of {cls.name()}: {', '.join(known)}")
+        raise RecipeError(
+            f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}",
+            fix=f"options of {cls.name()}: {', '.join(known)}",
+        )
     try:
-        return adapter(cls).validate_python(dict(options))
+        return adapter(cls).validate_json(json.dumps(dict(options)), strict=True)  # strict: no "2" for 2
     except ValidationError as error:
-        raise RecipeError(describe(error.errors()[0], known), fix=f"`surgery show {cls.name()}` explains the options") from error
+        raise RecipeError(
+            describe(error.errors()[0], known), fix=f"`surgery show {cls.name()}` explains the options"
+        ) from error
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error), fix=f"`surgery show {cls.name()}` explains the options") from error
 
 
 def adapter(cls: type[Pass]) -> TypeAdapter[Pass]:
-    """pydantic's view of the options: no coercion of strings to numbers, lists accepted for tuples, nothing unknown."""
-    return TypeAdapter(_strict(cls))
-
-
-def _strict(cls: type[Pass]) -> Any:
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
-    return cls
+    """pydantic's view of the options of a pass."""
+    return TypeAdapter(cls)
 
 
 def describe(error: ErrorDetails, known: Any) -> str:
@@ -165,7 +181,9 @@ def _check_order(steps: Sequence[Pass], place: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda v: v.model_dump(mode="json") if isinstance(v, BaseModel) else str(v)))
+    return json.loads(
+        json.dumps(value, default=lambda v: v.model_dump(mode="json") if isinstance(v, BaseModel) else str(v))
+    )
 
 
 def schema(registry: Registry) -> dict[str, Any]:
@@ -175,7 +193,9 @@ def schema(registry: Registry) -> dict[str, Any]:
     for name, cls in registry.passes.items():
         options = adapter(cls).json_schema()
         document.setdefault("$defs", {}).update(options.pop("$defs", {}))
-        steps.append({"type": "object", "properties": {name: options}, "required": [name], "additionalProperties": False})
+        steps.append(
+            {"type": "object", "properties": {name: options}, "required": [name], "additionalProperties": False}
+        )
         steps.append({"const": name})
     document["properties"]["passes"] = {"type": "array", "minItems": 1, "items": {"anyOf": steps}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
@@ -188,6 +208,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} as a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
@@ -203,12 +225,18 @@ def load_yaml(text: str, place: str) -> Any:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             tag = getattr(event, "tag", None)
-            if tag is not None and tag != "!":
-                raise RecipeError(f"YAML tag {tag}", at=f"{place}, line {event.start_mark.line + 1}", fix="a recipe is plain data; remove the tag")
+            if tag is not None and tag != "!":  # "!" is what a quoted string has
+                raise RecipeError(
+                    f"YAML tag {tag}",
+                    at=f"{place}, line {_line(event)}",
+                    fix="a recipe is plain data; remove the tag",
+                )
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark: yaml.Mark | None = getattr(error, "problem_mark", None)
         where = f"{place}, line {mark.line + 1}, column {mark.column + 1}" if mark else place
         raise RecipeError(f"not plain YAML: {getattr(error, 'problem', None) or error}", at=where) from error
 
 
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 0

@@ -1,4 +1,6 @@
-"""Finds plugins by entry point and keeps what they contribute, by name. Built where it is used; there is no global one."""
+"""Finds plugins by entry point and keeps what they contribute, by name. Built where it is used; there is no global
+one.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ class Registry:
     def find_pass(self, name: str) -> type[Pass]:
         """The pass class; RecipeError with the nearest names and the whole list where there is none."""
         if name not in self._passes:
-            raise RecipeError(f"unknown pass {name!r}{did_you_mean(name, self._passes)}", fix=f"known passes: {', '.join(self.passes)}")
+            raise RecipeError(
+                f"unknown pass {name!r}{did_you_mean(name, self._passes)}",
+                fix=f"known passes: {', '.join(self.passes)}",
+            )
         return self.passes[name]
 
     def find_recipe(self, name: str) -> Traversable:
@@ -77,7 +82,9 @@ class Registry:
         try:
             self._manager.register(plugin, name)
         except (ValueError, pluggy.PluginValidationError) as error:
-            raise PluginError(str(error), at=f"plugin {name}", fix="see docs/plugins.md for the hooks and their arguments") from error
+            raise PluginError(
+                str(error), at=f"plugin {name}", fix="see docs/plugins.md for the hooks and their arguments"
+            ) from error
 
     def _collect(self) -> None:
         try:
@@ -89,7 +96,8 @@ class Registry:
             misspelt = [n for n in dir(plugin) if n.startswith("surgery_") and n not in vars(hooks)]
             if misspelt:
                 raise PluginError(
-                    f"{misspelt[0]} is no hook{did_you_mean(misspelt[0], vars(hooks))}", at=f"plugin {self._manager.get_name(plugin)}"
+                    f"{misspelt[0]} is no hook{did_you_mean(misspelt[0], vars(hooks))}",
+                    at=f"plugin {self._manager.get_name(plugin)}",
                 )
         self._passes = self._gather("surgery_passes", _pass_name)
         self._recipes = self._gather("surgery_recipes", _recipe_name)

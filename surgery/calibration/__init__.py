@@ -1,0 +1,11 @@
+"""Statistics of a model's layers over the calibration data: one service for every pass, streamed and cached."""
+
+from __future__ import annotations
+
+from .collect import Statistics, Want
+from .compare import Aim
+from .moments import Cross, Moments
+from .ranges import Histogram, Range
+from .service import Calibration
+
+__all__ = ["Aim", "Calibration", "Cross", "Histogram", "Moments", "Range", "Statistics", "Want"]

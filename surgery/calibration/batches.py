@@ -1,0 +1,73 @@
+"""Calibration batches as inputs of a model, each checked before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..capture import CapturedModel
+from ..errors import InputError
+from ..inputs import Inputs
+
+
+def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int | None = None) -> Iterator[Inputs]:
+    """Each batch as inputs of `model`, until `samples` samples have come (None = all; the last batch is cut to fit).
+
+    Raises:
+        InputError: no batch, an empty one, one that does not fit the example the model was captured with, or one that
+            holds NaN or infinity; names the batch and the input.
+    """
+    seen = 0
+    for number, batch in enumerate(batches):
+        inputs = _checked(model, batch, f"calibration batch {number}")
+        if samples is not None and model.dynamic_batch and inputs.batch_size > samples - seen:
+            inputs = inputs.with_batch(samples - seen)
+        seen += inputs.batch_size
+        yield inputs
+        if samples is not None and seen >= samples:
+            return
+    if not seen:
+        raise InputError(
+            "the calibration data has no batches",
+            fix="give data that can be iterated more than once, such as a list or a DataLoader",
+        )
+
+
+def _checked(model: CapturedModel, batch: Any, place: str) -> Inputs:
+    try:
+        inputs = Inputs.of(model, batch)
+    except InputError as error:
+        raise InputError(
+            error.problem, at=place, fix="calibration batches hold model inputs only, no labels"
+        ) from error
+    _check_shapes(model, inputs, place)
+    inputs.check_finite(place)
+    return inputs
+
+
+def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
+    """The same tensors as the example, equal in type and in every size but the batch's."""
+    example, given = model.inputs.named_tensors, inputs.named_tensors
+    if example.keys() != given.keys():
+        raise InputError(
+            f"the batch has the inputs {', '.join(given) or 'none'}, the model was captured with {', '.join(example)}",
+            at=place,
+            fix="calibration batches hold model inputs only, no labels",
+        )
+    batch, old = inputs.batch_size, model.inputs.batch_size
+    for name, tensor in given.items():
+        like = example[name]
+        shape = list(like.shape)
+        if model.dynamic_batch and shape and shape[0] == old:
+            shape[0] = batch
+        if list(tensor.shape) != shape or tensor.dtype != like.dtype or not tensor.numel():
+            raise InputError(
+                f"input {name} is {_described(tensor.shape, tensor.dtype)}",
+                at=place,
+                fix=f"the model was captured with {_described(like.shape, like.dtype)}; "
+                + ("only the batch, dimension 0, is free" if model.dynamic_batch else "its batch size is fixed"),
+            )
+
+
+def _described(shape: Iterable[int], dtype: object) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"

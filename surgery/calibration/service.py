@@ -1,0 +1,195 @@
+"""The calibration service that `Context.calibration` gives to passes.
+
+    calibration.collect(model, layers, ("gram",))   moments of each layer's unfolded input, and more, from one run
+    calibration.compare(model, layers)              the same with what each layer's output was in the original
+
+Memory: the covariances held at a time, cached ones included, keep to `gram_bytes`; layers are grouped to fit and the
+data is streamed once per group. Unfolded inputs keep to `chunk_bytes`. Data whose order changes between iterations (a
+shuffling loader) gives the same statistics up to rounding, unless `samples` cuts it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture import CapturedModel
+from ..context import Progress, silent
+from ..errors import PluginError
+from ..graph import Layer, tensors
+from ..inputs import Inputs
+from ..tracing import evaluating
+from .batches import checked_batches
+from .collect import Collector, Gatherer, Item, Statistics, Values, Want, gram_bytes, placed
+from .compare import Aim, Comparison, counterpart
+from .moments import Cross
+
+_Known = dict[tuple[bool, str], Statistics]
+
+
+class Calibration:
+    """Statistics over `batches`, an iterable of model inputs that can be iterated more than once.
+
+    `samples` limits how many samples are used, None = all. `device` is where the models run; results lie on the CPU.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        original: CapturedModel,
+        device: str | torch.device = "cpu",
+        progress: Progress = silent,
+        samples: int | None = None,
+        gram_bytes: int = 2**30,
+        chunk_bytes: int = 2**23,
+    ) -> None:
+        self.batches, self.original, self.device, self.progress = batches, original, torch.device(device), progress
+        self.samples, self.gram_bytes, self.chunk_bytes = samples, gram_bytes, chunk_bytes
+        self._cache: list[tuple[_Version, _Known]] = []
+
+    def collect(self, model: CapturedModel, items: Iterable[Item], want: Sequence[Want]) -> dict[str, Statistics]:
+        """`stream` as a dict by name, for layers or for nodes. Holds all covariances, whatever `gram_bytes` says."""
+        return {item.name: statistics for item, statistics in self.stream(model, items, want)}
+
+    def stream(
+        self, model: CapturedModel, items: Iterable[Item], want: Sequence[Want]
+    ) -> Iterator[tuple[Item, Statistics]]:
+        """Each layer or node of `model` with its statistics. Edit the model after the last one came, not before.
+
+        `want`: `gram` (covariance and mean of the unfolded input), `mean` (mean and variance of it), `moments` (of the
+        output per channel), `ranges` and `histograms` (of input and output; of a node's value). Channels are dimension
+        1, the last dimension for linear layers and layer normalisation. Calls of one layer add up.
+
+        Raises:
+            InputError: the data is empty, does not fit the model or holds NaN, or the model gives NaN on it.
+            PluginError: the unfolded input of another layer than a (transposed) convolution or linear layer was asked
+                for, or the model was edited on the way.
+        """
+        version = _Version(model)
+        for group in self._groups(items, want):
+            if not version.matches(model):
+                raise PluginError(
+                    "the model was edited while its statistics were streamed", fix="edit after the last one"
+                )
+            known = self._known(model, version)
+            found = {_key(item): known.get(_key(item), Statistics()) for item in group}
+            missing = [item for item in group if not all(found[_key(item)].has(w) for w in want)]
+            if missing:
+                self._make_room(sum(map(gram_bytes, group)) if "gram" in want else 0, found)
+                found |= {key: found[key].merged(new) for key, new in self._run(model, missing, want).items()}
+                known |= found
+            yield from ((item, found[_key(item)]) for item in group)
+
+    def compare(
+        self, model: CapturedModel, layers: Iterable[Layer], aims: Mapping[str, Sequence[Aim]] | None = None
+    ) -> dict[str, Cross]:
+        """Original and `model` side by side on the same batches: each layer's input in `model` with its target, by
+        name.
+
+        `aims` gives one target per call for layers by name; the others aim at their `counterpart` in the original. All
+        the covariances are held at once and none is cached.
+
+        Raises:
+            InputError: as for `stream`.
+            PluginError: a layer has no counterpart, or its target another shape than its output.
+        """
+        given = aims or {}
+        jobs = [Comparison(layer, given.get(layer.name) or self._default_aims(layer)) for layer in layers]
+        here, there = placed(model, self.device), placed(self.original, self.device)
+        own = Values(here, {name for job in jobs for name in job.sources})
+        wanted = Values(there, {aim.target for job in jobs for aim in job.aims})
+        for inputs in self._inputs(model, "comparing with the original"):
+            with evaluating(here), evaluating(there):
+                own_values, wanted_values = own.of(inputs), wanted.of(inputs)
+                for job in jobs:
+                    job.add(own_values, wanted_values, self.chunk_bytes)
+        return {job.layer.name: job.finish() for job in jobs}
+
+    def counterpart(self, node: fx.Node) -> str | None:
+        """Name of the original's node whose value `node` stands for, found through a user that both have; or None."""
+        return counterpart(self.original, node)
+
+    def _default_aims(self, layer: Layer) -> list[Aim]:
+        names = [self.counterpart(node) for node in layer.nodes]
+        if None in names:
+            raise PluginError(f"{layer.name} has no counterpart in the original", fix="give its target as an Aim")
+        return [Aim(name) for name in names if name]
+
+    def _run(self, model: CapturedModel, items: Sequence[Item], want: Sequence[Want]) -> _Known:
+        collectors = {_key(item): Collector(item, want, self.chunk_bytes) for item in items}
+        here = placed(model, self.device)
+        gatherer = Gatherer(here, collectors.values())
+        for number, inputs in enumerate(self._inputs(model, f"calibrating {len(items)} layers")):
+            with evaluating(here):
+                gatherer.watch(inputs)
+            for collector in collectors.values():
+                collector.check(number)
+        return {key: collector.finish() for key, collector in collectors.items()}
+
+    def _inputs(self, model: CapturedModel, what: str) -> Iterator[Inputs]:
+        total = len(self.batches) if isinstance(self.batches, Sized) else 0
+        for number, inputs in enumerate(checked_batches(model, self.batches, self.samples)):
+            self.progress(what, number, total)
+            yield inputs.to(self.device)
+
+    def _groups(self, items: Iterable[Item], want: Sequence[Want]) -> Iterator[list[Item]]:
+        """The items in order, cut where their covariances would pass the limit; one alone may pass it."""
+        group: list[Item] = []
+        held = 0
+        for item in items:
+            size = gram_bytes(item) if "gram" in want else 0
+            if group and held + size > self.gram_bytes:
+                yield group
+                group, held = [], 0
+            group.append(item)
+            held += size
+        if group:
+            yield group
+
+    def _known(self, model: CapturedModel, version: _Version) -> _Known:
+        """What is cached about this state of this model; two states are remembered."""
+        for cached, known in self._cache:
+            if cached.matches(model):
+                return known
+        self._cache = [*self._cache[-1:], (version, {})]
+        return self._cache[-1][1]
+
+    def _make_room(self, needed: int, found: _Known) -> None:
+        """Forget covariances other than those in `found`, oldest first, until `needed` bytes fit beside the rest."""
+        kept = {id(statistics) for statistics in found.values()}
+        others = [
+            (known, key) for _, known in self._cache for key, s in known.items() if s.gram_bytes and id(s) not in kept
+        ]
+        excess = needed + sum(known[key].gram_bytes for known, key in others) - self.gram_bytes
+        for known, key in others:
+            if excess <= 0:
+                return
+            excess -= known.pop(key).gram_bytes
+
+
+class _Version:
+    """A model's graph, options and tensors at one time. Holds no tensor alive."""
+
+    def __init__(self, model: CapturedModel) -> None:
+        self._text = _text(model)
+        self._tensors = {name: (weakref.ref(t), t._version) for name, t in tensors(model).items()}
+
+    def matches(self, model: CapturedModel) -> bool:
+        now = tensors(model)
+        same = now.keys() == self._tensors.keys() and self._text == _text(model)
+        return same and all(ref() is now[name] and now[name]._version == v for name, (ref, v) in self._tensors.items())
+
+
+def _text(model: CapturedModel) -> tuple[str, ...]:
+    nodes = (f"{n.name} {n.op} {n.target} {n.args} {n.kwargs}" for n in model.graph.nodes)
+    modules = (f"{name} {type(m).__name__} {m.extra_repr()}" for name, m in model.named_modules())
+    return (*nodes, *modules)
+
+
+def _key(item: Item) -> tuple[bool, str]:
+    return isinstance(item, Layer), item.name

@@ -1,0 +1,332 @@
+"""The command line. Exit codes: 0 done, 1 a bug of ours, 2 wrong use or an error with its remedy, 3 the budget is
+broken.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import BudgetError, SurgeryError
+
+if TYPE_CHECKING:
+    from .context import Progress
+    from .pipeline import Operation
+    from .report import Table
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that name a model, its weights and its example inputs."""
+    options = (
+        click.option(
+            "--model",
+            "model_name",
+            required=True,
+            metavar="MODULE:FACTORY",
+            help="Called without arguments; gives the model, or (model, example inputs).",
+        ),
+        click.option(
+            "--weights", type=click.Path(path_type=Path), help=".safetensors, or a state dict saved by torch."
+        ),
+        click.option(
+            "--input",
+            "shapes",
+            multiple=True,
+            metavar="[NAME=]SHAPE[:DTYPE]",
+            help="Example input such as 1x3x32x32 or ids=1x16:int64; once per input.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="surgery")
+def cli() -> None:
+    """Surgery on trained PyTorch models.
+
+    Exit codes: 0 done, 2 wrong use or an error with its remedy, 3 the result breaks the recipe's budget (files are
+    kept), 1 anything else.
+    """
+
+
+@cli.command()
+@click.argument("recipe")
+@model_options
+@click.option(
+    "--data", "data_name", metavar="MODULE:FUNCTION", help="Called without arguments; gives batches, or surgery.Data."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for model, report and finished steps."
+)
+@click.option("--resume", is_flag=True, help="Take over the finished steps in the folder.")
+@click.option("--device", default="cpu", show_default=True, help="Where heavy work may run.")
+@as_json
+def run(
+    recipe: str,
+    model_name: str,
+    weights: Path | None,
+    shapes: Sequence[str],
+    data_name: str | None,
+    out: Path,
+    resume: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Apply RECIPE (a name or a .yaml file) to a model and prove the result."""
+    from .pipeline import operate
+
+    model, inputs = _model(model_name, weights, shapes)
+    data = _data(data_name)
+    with _progress(quiet=as_json) as progress:
+        operation = operate(model, inputs, recipe, data=data, out=out, resume=resume, device=device, progress=progress)
+    _show_operation(operation, as_json)
+
+
+@cli.command()
+@model_options
+@click.option("--pass", "pass_names", multiple=True, help="Only these passes.")
+@as_json
+def inspect(
+    model_name: str, weights: Path | None, shapes: Sequence[str], pass_names: Sequence[str], as_json: bool
+) -> None:
+    """Layers of a model with parameters and MACs, and what each pass would touch or skip."""
+    from .inspection import inspect as look
+    from .registry import Registry
+
+    model, inputs = _model(model_name, weights, shapes)
+    with _progress(quiet=as_json) as progress:
+        findings = look(model, inputs, Registry.load(), pass_names, progress)
+    _print(findings.to_dict(), findings.tables(), as_json)
+
+
+@cli.command()
+@as_json
+def passes(as_json: bool) -> None:
+    """Installed passes."""
+    from .registry import Registry
+    from .report import Table
+
+    registry = Registry.load()
+    rows = tuple(
+        (name, "exact" if cls.exact else "", cls.summary(), registry.provider(name))
+        for name, cls in registry.passes.items()
+    )
+    keys = ("pass", "exactness", "summary", "plugin")
+    _print([dict(zip(keys, row, strict=True)) for row in rows], [Table("Passes", keys, rows)], as_json)
+
+
+@cli.command()
+@as_json
+def recipes(as_json: bool) -> None:
+    """Installed recipes."""
+    from .recipe import resolve
+    from .registry import Registry
+    from .report import Table
+
+    registry = Registry.load()
+    rows = tuple((name, resolve(name, registry).recipe.description) for name in registry.recipes)
+    _print(
+        [{"recipe": n, "description": d} for n, d in rows],
+        [Table("Recipes", ("recipe", "when to use it"), rows)],
+        as_json,
+    )
+
+
+@cli.command()
+@click.argument("name", metavar="PASS")
+@as_json
+def show(name: str, as_json: bool) -> None:
+    """Options of a pass with defaults, range and meaning, and its source in the literature."""
+    from .recipe import adapter
+    from .registry import Registry
+    from .report import Table
+
+    cls = Registry.load().find_pass(name)
+    schema = adapter(cls).json_schema()
+    rows = tuple(
+        (key, json.dumps(option.get("default")), _range(option), option.get("description", ""))
+        for key, option in schema["properties"].items()
+    )
+    if not as_json:
+        click.echo(f"{name}\n\n{cls.__doc__}\n")
+    _print(
+        {"pass": name, "doc": cls.__doc__, "options": schema},
+        [Table("Options", ("option", "default", "type", "meaning"), rows)],
+        as_json,
+    )
+
+
+@cli.command()
+@click.argument("reference", metavar="A", type=click.Path(path_type=Path))
+@click.argument("candidate", metavar="B", type=click.Path(path_type=Path))
+@click.option(
+    "--input",
+    "shapes",
+    multiple=True,
+    metavar="[NAME=]SHAPE[:DTYPE]",
+    help="Random inputs of this shape; once per input.",
+)
+@click.option(
+    "--data", "data_name", metavar="MODULE:FUNCTION", help="Batches, or surgery.Data, instead of random inputs."
+)
+@as_json
+def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
+    """Compare two models: run folders, model.py files or .onnx files. A is the reference."""
+    from .specs import inputs_from
+    from .verify import verify as compare
+
+    if not (shapes or data_name):
+        raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data MODULE:FUNCTION")
+    batches = _data(data_name) if data_name else [inputs_from(shapes)]
+    verification = compare(reference, candidate, batches)
+    _print(verification.to_dict(), [_flat("Verification", verification.to_dict())], as_json)
+    if not verification.passed:
+        raise BudgetError("the models do not agree within the bound")
+
+
+@cli.command()
+def schema() -> None:
+    """JSON Schema of recipes, for editors."""
+    from .recipe import schema as recipe_schema
+    from .registry import Registry
+
+    click.echo(json.dumps(recipe_schema(Registry.load()), indent=2))
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder for the result; an earlier demo in it is replaced.",
+)
+@as_json
+def demo(out: Path, as_json: bool) -> None:
+    """Train a small CNN on scikit-learn's digits, operate on it, prove it, and show the result."""
+    from .demo import run_demo
+
+    with _progress(quiet=as_json) as progress:
+        operation = run_demo(out, progress)
+    _show_operation(operation, as_json)
+
+
+def _model(name: str, weights: Path | None, shapes: Sequence[str]) -> tuple[Any, Any]:
+    from .load import load_weights
+    from .specs import inputs_from, model_from
+
+    model, inputs = model_from(name)
+    if weights is not None:
+        load_weights(model, weights)
+    if shapes:
+        inputs = inputs_from(shapes)
+    if inputs is None:
+        raise SurgeryError("no example input", fix="give --input SHAPE, or a factory that gives (model, inputs)")
+    return model, inputs
+
+
+def _data(name: str | None) -> Any:
+    from .data import import_object
+
+    if name is None:
+        return None
+    return import_object(name, "--data")()
+
+
+def _show_operation(operation: Operation, as_json: bool) -> None:
+    from . import report
+
+    summary, timings = report.summary(operation), report.timings(operation)
+    shown = report.tables(summary, timings)
+    _print({**summary, "timings": timings}, [shown[0], *shown[2:], shown[1]], as_json)
+    if operation.folder and not as_json:
+        click.echo(f"\nFiles: {operation.folder}")
+    if not operation.passed:
+        raise BudgetError("the result breaks the recipe's budget", fix="see the report; the files are kept")
+
+
+def _print(value: Any, tables: Sequence[Table], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables:
+        drawn = RichTable(title=table.title, title_justify="left")
+        for column in table.columns:
+            drawn.add_column(column, overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
+def _flat(title: str, value: dict[str, Any], prefix: str = "") -> Table:
+    from .report import Table
+
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            rows += [(row[0], row[1]) for row in _flat("", item, f"{prefix}{key}.").rows]
+        elif item is not None:
+            rows.append((f"{prefix}{key}", str(item)))
+    return Table(title, ("question", "answer"), tuple(rows))
+
+
+def _range(option: dict[str, Any]) -> str:
+    kinds = [o.get("type", "") for o in option.get("anyOf", [option])]
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [f"{sign} {o[key]:g}" for o in option.get("anyOf", [option]) for key, sign in limits.items() if key in o]
+    return " ".join([" or ".join(kinds), *found, *map(str, option.get("enum", []))])
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=max(total, 1))
+            bar.update(tasks[what], completed=done, total=max(total, 1))
+
+        yield progress
+
+
+def main() -> None:
+    """Entry point: errors with a remedy are printed without a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except SurgeryError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,137 @@
+"""Where a model and its ONNX file part: the first value, in the order of execution, on which they disagree.
+
+The aten program that an export starts from and the ONNX graph name their values alike, so the file is asked for its
+intermediate values and each is held against the one PyTorch computes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .deviation import Deviation
+from .errors import ModelError
+from .export.names import named_inputs
+from .export.onnx import OnnxTrace, trace_onnx
+from .export.runtime import CPU, OnnxModel, runtime_session
+from .inputs import Inputs
+from .tracing import evaluating
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first value on which PyTorch and ONNX Runtime disagree."""
+
+    node: str
+    """Name and operator of the value in PyTorch's program."""
+    module: str
+    """Qualified names of the layers whose weights went into it since the last value that agreed; empty if none did."""
+    error: float
+    """Largest deviation of this value, relative to the largest magnitude it holds."""
+
+
+def first_divergence(
+    model: nn.Module, path: str | os.PathLike[str], inputs: Any, bound: float, *, provider: str = CPU
+) -> Divergence | None:
+    """The first value of `model` that its ONNX file computes with a relative error above `bound`; None if all agree.
+
+    All intermediate values of a batch are held in memory, so the batch should be small. Values that the exporter fused
+    away have no counterpart and are passed over. The file must have been written by `export_onnx` from `model`.
+
+    Raises:
+        ModelError: the file is another model's.
+    """
+    file = ir.load(path)
+    leading = [value.shape[0] for value in file.graph.inputs if value.shape]
+    dynamic = any(isinstance(dim, ir.SymbolicDim) for dim in leading)
+    trace = trace_onnx(model, inputs, opset=file.opset_imports[""], dynamic_batch=dynamic)
+    example = Inputs.of(model, inputs).to("cpu")
+    with evaluating(model), tempfile.TemporaryDirectory() as folder:
+        session = _probing_session(file, trace, Path(folder), provider)
+        actual = dict(zip(session.output_names, session(**named_inputs(model, example)), strict=True))
+        return _first_above(bound, trace, example, actual)
+
+
+def _first_above(bound: float, trace: OnnxTrace, example: Inputs, actual: dict[str, Tensor]) -> Divergence | None:
+    names = _onnx_names(trace)
+    since: list[fx.Node] = []
+    for node, expected in _values(trace.program, example):
+        since.append(node)
+        value = actual.get(names.get(node.name, node.name))
+        if value is None or not isinstance(expected, Tensor) or value.shape != expected.shape:
+            continue
+        deviation = Deviation()
+        deviation.add([expected], [value])
+        if not deviation.relative_error <= bound:
+            return Divergence(f"{node.name} ({node.target})", _layers(since, trace.program), deviation.relative_error)
+        since.clear()
+    return None
+
+
+def _probing_session(file: ir.Model, trace: OnnxTrace, folder: Path, provider: str) -> OnnxModel:
+    """A session that also returns every intermediate value that the program computes."""
+    wanted = {node.name for node in trace.program.graph.nodes}
+    known = {value.name for node in file.graph for value in node.outputs}
+    if not known & {value.name for node in trace.onnx.graph for value in node.outputs}:
+        raise ModelError("the ONNX file has no value in common with the model", fix="compare a file with its own model")
+    types = {value.name: value.type for node in trace.onnx.graph for value in node.outputs}
+    outputs = set(file.graph.outputs)
+    for node in file.graph:
+        for value in node.outputs:
+            value.type = value.type or types.get(value.name)
+            if value.name in wanted and value not in outputs and value.type is not None:
+                file.graph.outputs.append(value)
+    ir.save(file, folder / "model.onnx", external_data="model.onnx.data")
+    return runtime_session(folder / "model.onnx", [provider])
+
+
+def _onnx_names(trace: OnnxTrace) -> dict[str, str]:
+    """Outputs bear other names in the file than in the program."""
+    specs = trace.program.graph_signature.user_outputs
+    return {str(name): str(value.name) for name, value in zip(specs, trace.onnx.graph.outputs, strict=True)}
+
+
+def _values(program: ExportedProgram, example: Inputs) -> list[tuple[fx.Node, Any]]:
+    """Everything that the program computes, in the order of execution."""
+    tensors = iter(example.tensors)
+    weights = {**program.state_dict, **program.constants}
+    arguments = [
+        next(tensors) if spec.target is None else weights[spec.target] for spec in program.graph_signature.input_specs
+    ]
+    recorder = _Recorder(program.graph_module)
+    recorder.run(*arguments)
+    return recorder.computed
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.computed: list[tuple[fx.Node, Any]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function":
+            self.computed.append((n, result))
+        return result
+
+
+def _layers(nodes: list[fx.Node], program: ExportedProgram) -> str:
+    """The layers that own the weights used by `nodes`; without any, the module that the last node stands in."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = [targets[arg.name] for node in nodes for arg in node.all_input_nodes if arg.name in targets]
+    owners = list(dict.fromkeys(_local(name).rpartition(".")[0] or _local(name) for name in names))
+    stack = nodes[-1].meta.get("nn_module_stack") or {"": ("", None)}
+    return ", ".join(owners) or _local(list(stack.values())[-1][0])
+
+
+def _local(name: str) -> str:
+    """The traced program holds the model as its submodule `model`."""
+    return "" if name == "model" else name.removeprefix("model.")

@@ -1,0 +1,221 @@
+"""A captured model as standalone Python: `model.py`, which needs only torch, beside `model.safetensors`.
+
+The source calls the very operators of the graph, so its outputs are those of the captured model bit for bit, and its
+`state_dict` has the same keys. It is plain code: read it, edit it, train it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..capture import RELATIVE_BOUND, CapturedModel
+from ..constructors import builds_on_meta
+from ..errors import ExportError, SurgeryError
+from ..load import load
+from .embed import Embedded, embed
+from .forward import Forward
+from .layout import Layout, class_text, ties
+from .literals import literal, quoted, wrap
+
+_LOAD = '''\
+def load(folder: str | Path | None = None) -> Model:
+    """The trained model in eval mode; `{file}` is read from `folder`, by default the folder of this file."""
+    path = Path(folder or Path(__file__).parent) / {quoted}
+    if not path.is_file():
+        raise FileNotFoundError(f"{{path}} is missing: keep it beside the source, or give load() its folder")
+    tensors = {{name: tensor.clone() for name, tensor in load_file(path).items()}}
+'''
+
+
+def export_source(
+    model: CapturedModel, folder: str | Path, *, name: str = "model", header: Mapping[str, str] | None = None
+) -> tuple[Path, Path]:
+    """Write `<name>.py` and `<name>.safetensors` into `folder` and check that they reproduce `model` on its example.
+
+    `header`: lines for the file's docstring, such as the recipe's hash and versions. The same model always gives the
+    same bytes. On failure the folder stays as it was.
+
+    Raises:
+        ExportError: a layer or operator that cannot be written as plain source, or the result deviates; the message
+            names the node or class and who must act.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = target / f"{name}.py", target / f"{name}.safetensors"
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target) as scratch:
+        written = [Path(scratch) / path.name for path in paths]
+        written[0].write_text(source(model, name=name, header=header), encoding="utf-8")
+        save_file(_weights(model), str(written[1]))
+        _check(model, written[0])
+        for new, path in reversed([*zip(written, paths, strict=True)]):
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    return paths
+
+
+def source(model: CapturedModel, *, name: str = "model", header: Mapping[str, str] | None = None) -> str:
+    """The text of `<name>.py`."""
+    layout = Layout(model)
+    embedded = embed({type(layer) for layer in layout.layers.values() if "." not in class_text(type(layer))})
+    forward = Forward(model, layout)
+    body = [
+        *_class_lines(layout, forward),
+        "",
+        "",
+        *_LOAD.format(file=f"{name}.safetensors", quoted=quoted(f"{name}.safetensors")).splitlines(),
+        *_load_lines(model, layout),
+    ]
+    definitions = [line for text in (*_named_tuples(forward), *embedded.definitions) for line in (*text.splitlines(), "", "")]
+    imports = _imports(forward, embedded, "\n".join([*definitions, *body]))
+    lines = [*_docstring(model, name, header or {}), "", *imports, "", "", *definitions, *body]
+    return "\n".join(lines) + "\n"
+
+
+def _docstring(model: CapturedModel, name: str, header: Mapping[str, str]) -> Iterator[str]:
+    yield f'"""{_clean(name)}: a standalone PyTorch model with its weights in {_clean(name)}.safetensors.'
+    yield ""
+    yield f"    from {_clean(name)} import load"
+    yield "    model = load()  # eval mode; model.train() to train further"
+    yield ""
+    for place, tensor in model.inputs.named_tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        batch = "batch" if model.dynamic_batch and tensor.ndim else None
+        size = [batch or str(tensor.shape[0]) if i == 0 else str(s) for i, s in enumerate(tensor.shape)]
+        yield f"Input {_clean(place)}: {kind} ({', '.join(size)})."
+    yield from (f"{_clean(key)}: {_clean(value)}" for key, value in header.items())
+    yield '"""'
+
+
+def _clean(text: object) -> str:
+    """`text` without what would end a docstring."""
+    return str(text).replace("\\", "/").replace('"""', "'''").replace("\n", " ").rstrip('"')
+
+
+def _imports(forward: Forward, embedded: Embedded, text: str) -> list[str]:
+    standard = [line for line in ("import math",) if "math." in text]
+    standard += ["from collections import OrderedDict"] if forward.result.ordered else []
+    standard += ["from pathlib import Path"]
+    standard += ["from typing import NamedTuple"] if forward.result.classes else []
+    torch_lines = ["import torch"]
+    torch_lines += ["import torch.nn.functional as F"] if "F." in text else []
+    torch_lines += ["from safetensors.torch import load_file", f"from torch import {'Tensor, ' if 'Tensor' in text else ''}nn"]
+    if "torch.ops.quantized_decomposed" in text:
+        torch_lines.append("from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers its operators)")
+    return ["from __future__ import annotations", "", *standard, "", *torch_lines]
+
+
+def _named_tuples(forward: Forward) -> Iterator[str]:
+    for name, fields in forward.result.classes.items():
+        yield "\n".join([f"class {name}(NamedTuple):", *(f"    {field}: Tensor" for field in fields)])
+
+
+def _class_lines(layout: Layout, forward: Forward) -> Iterator[str]:
+    yield f"class Model({layout.base_class}):"
+    yield "    def __init__(self) -> None:"
+    yield "        super().__init__()"
+    yield from _indented(layout.lines())
+    if tied := ties(layout.model):
+        yield ""
+        yield "    def tie_weights(self) -> None:"
+        yield from _indented(f"{layout.text(name)} = {layout.text(first)}" for name, first in tied.items())
+    yield ""
+    definition, *body = forward.lines()
+    yield from wrap(definition, 4, first=True)
+    yield from _indented(body[1:] if body[0] == "" else body)
+
+
+def _indented(lines: Any) -> Iterator[str]:
+    for logical in lines:
+        for line in logical.split("\n"):
+            yield from wrap(line, 8) if line else [""]
+
+
+def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
+    """The rest of `load`: what the weights file does not say as a state_dict does."""
+    first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
+    stored = model.state_dict(keep_vars=True)
+    for name, tensor in stored.items():
+        if first[id(tensor)] != name:
+            yield f"    tensors[{quoted(name)}] = tensors[{quoted(first[id(tensor)])}]  # shared"
+    if all(builds_on_meta(layer) for layer in layout.layers.values()):
+        yield '    with torch.device("meta"):'
+        yield "        model = Model()"
+    else:
+        yield "    model = Model()"
+    constants = [name for name in first.values() if name not in stored]
+    if constants:
+        yield from wrap(f"constants = [{', '.join(map(quoted, reversed(constants)))}]", 4)
+        yield "    for name in constants:  # not in the state_dict"
+        yield '        owner, _, key = name.rpartition(".")'
+        yield "        setattr(model.get_submodule(owner), key, tensors.pop(name))"
+    yield "    model.load_state_dict(tensors, assign=True)"
+    if ties(model):
+        yield "    model.tie_weights()"
+    yield "    return model.eval()"
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once, under its first name."""
+    first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
+    return {name: t.detach().to("cpu").contiguous().clone() for name, t in _named_tensors(model) if first[id(t)] == name}
+
+
+def _check(model: CapturedModel, path: Path) -> None:
+    """Load what was written and compare it with the model; raises ExportError where they differ."""
+    try:
+        copy = load(path)
+        ours, theirs = list(model.state_dict()), list(copy.state_dict())
+        if ours != theirs:
+            raise ExportError(f"its state_dict has other keys: {sorted(set(ours) ^ set(theirs))[:5] or 'in another order'}")
+        error = _deviation(model, copy)
+    except SurgeryError as problem:
+        raise ExportError(f"the source written does not load: {problem.problem}", fix="report this with the model") from problem
+    if not error <= RELATIVE_BOUND:
+        raise ExportError(f"the source written deviates from the model by {error:.2e}", fix="report this with the model")
+
+
+def _deviation(model: CapturedModel, copy: nn.Module) -> float:
+    """Largest difference relative to the largest output on the example; 0 = bit-identical."""
+    device = next((tensor.device for _, tensor in _named_tensors(model)), torch.device("cpu"))
+    inputs, copy = model.inputs.to(device), copy.to(device)
+    flags = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            expected = tree_leaves(model.eval()(*inputs.args, **inputs.kwargs))
+            actual = tree_leaves(copy(*inputs.args, **inputs.kwargs))
+    except Exception as error:
+        raise ExportError(f"it does not run: {type(error).__name__}: {error}") from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if len(expected) != len(actual):
+        raise ExportError(f"it returns {len(actual)} values, the model {len(expected)}")
+    return max((_difference(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _difference(actual: Any, expected: Any) -> float:
+    if not isinstance(expected, Tensor):
+        return 0.0 if actual == expected else float("inf")
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    if torch.equal(actual, expected) or not expected.numel():
+        return 0.0
+    a, e = actual.double(), expected.double()
+    if not torch.equal(a.isnan(), e.isnan()):
+        return float("inf")
+    return float((a - e).nan_to_num().abs().max() / e.nan_to_num().abs().max().clamp_min(1e-30))

@@ -1,0 +1,96 @@
+"""What is in a model, and what each pass would do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .capture import capture
+from .context import Context, Progress
+from .errors import SurgeryError
+from .graph import layers, shape, sharing
+from .measure import Measurement, measure
+from .passes import PassReport
+from .registry import Registry
+from .report import Table
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One row of `surgery inspect`. `macs` are per sample."""
+
+    name: str
+    type: str
+    parameters: int
+    macs: int
+    output: tuple[int, ...]
+    shared: str | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Layers in order of execution, what capture noted, and each pass's report or the reason it could not run."""
+
+    total: Measurement
+    layers: tuple[LayerInfo, ...]
+    notes: tuple[str, ...]
+    passes: dict[str, PassReport | str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        rows = tuple(
+            (i.name, i.type, f"{i.parameters:,}", f"{i.macs:,}", "x".join(map(str, i.output)), i.shared or "")
+            for i in self.layers
+        )
+        title = f"{len(rows)} layers, {self.total.parameters:,} parameters, {self.total.macs:,} MACs"
+        result = [Table(title, ("layer", "type", "parameters", "MACs", "output", "shared"), rows)]
+        if self.notes:
+            result.append(Table("Capture", ("note",), tuple((note,) for note in self.notes)))
+        for name, report in self.passes.items():
+            if isinstance(report, str):
+                result.append(Table(f"{name}: cannot run", ("reason",), ((report,),)))
+                continue
+            touched = [("edit", e.layer, e.what) for e in report.edits] + [
+                ("skip", s.layer, s.why) for s in report.skips
+            ]
+            result.append(
+                Table(f"{name} would make {len(report.edits)} edits", ("", "layer", "reason"), tuple(touched))
+            )
+        return result
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any, registry: Registry, names: Sequence[str], progress: Progress
+) -> Findings:
+    """Capture `model`, list its layers, and try every pass (or those in `names`) with its default options.
+
+    Raises:
+        RecipeError: a name that is no pass.
+    """
+    classes = {name: registry.find_pass(name) for name in names} if names else registry.passes
+    captured = capture(model, example_inputs)
+    total = measure(captured, captured.inputs)
+    infos = [
+        LayerInfo(
+            layer.name,
+            layer.type,
+            sum(p.numel() for p in layer.module.parameters()),
+            total.by_module.get(layer.name, 0),
+            shape(layer.nodes[0]) if hasattr(layer.nodes[0].meta.get("tensor_meta"), "shape") else (),
+            sharing(captured, layer),
+        )
+        for layer in layers(captured)
+    ]
+    tried: dict[str, PassReport | str] = {}
+    for index, (name, cls) in enumerate(classes.items()):
+        progress(name, index, len(classes))
+        try:
+            tried[name] = cls()(captured, Context(captured))[1]
+        except (SurgeryError, TypeError) as error:
+            tried[name] = str(error)
+    return Findings(total, tuple(infos), captured.notes, tried)

@@ -1,0 +1,162 @@
+"""A run in words and tables: one structure, shown as JSON, Markdown, HTML, or on a terminal."""
+
+from __future__ import annotations
+
+import html
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import Operation
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title; numbers are already formatted."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def summary(operation: Operation) -> dict[str, Any]:
+    """Everything but times: the same for every run of the same recipe, model and data on one machine."""
+    import onnx
+    import onnxruntime
+    import torch
+
+    from . import __version__
+
+    capture = operation.original
+    steps = zip(operation.plan.steps, operation.reports, strict=True)
+    return {
+        "recipe": operation.plan.lock,
+        "recipe_sha256": operation.plan.hash,
+        "versions": {
+            "surgery": __version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "capture": {
+            "error": capture.capture_error,
+            "dynamic_batch": capture.dynamic_batch,
+            "notes": list(capture.notes),
+        },
+        "steps": [{"pass": step.name(), **_plain(asdict(report))} for step, report in steps],
+        "before": _plain(asdict(operation.before)),
+        "after": _plain(asdict(operation.after)),
+        "verification": operation.verification.to_dict(),
+        "bytes": operation.sizes,
+        "passed": operation.passed,
+    }
+
+
+def timings(operation: Operation) -> dict[str, Any]:
+    """Measured times and the machine they were measured on."""
+    return {
+        "machine": {"processor": platform.machine(), "system": platform.system(), "python": platform.python_version()},
+        "onnxruntime_latency": {name: asdict(value) for name, value in operation.latency.items()},
+    }
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table]:
+    """What a person reads first: before and after, then what each pass did and left alone."""
+    result = [_comparison(summary, timings), _proof(summary)]
+    for number, step in enumerate(summary["steps"], 1):
+        rows = [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
+        rows += [("skip", s["layer"], s["why"], "") for s in step["skips"]]
+        result.append(
+            Table(
+                f"{number}. {step['pass']}: {len(step['edits'])} edits, {len(step['skips'])} skips",
+                ("", "layer", "reason", "numbers"),
+                tuple(rows),
+            )
+        )
+    return result
+
+
+def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
+    before, after, fidelity = summary["before"], summary["after"], summary["verification"]["fidelity"]
+    rows: list[tuple[str, ...]] = []
+    if fidelity.get("accuracy_reference") is not None:
+        a, b = fidelity["accuracy_reference"], fidelity["accuracy_candidate"]
+        rows.append(("accuracy", f"{a:.2%}", f"{b:.2%}", f"{(b - a) * 100:+.2f} points"))
+    rows.append(_row("parameters", before["parameters"], after["parameters"]))
+    rows.append(_row("MACs", before["macs"], after["macs"]))
+    if "model.onnx" in summary["bytes"]:
+        rows.append(_row("ONNX bytes", summary["bytes"]["original.onnx"], summary["bytes"]["model.onnx"]))
+    times = timings["onnxruntime_latency"]
+    if times:
+        low, high = times["result"]["quartiles"]
+        milliseconds = [f"{times[name]['seconds'] * 1e3:.3f} ms" for name in ("original", "result")]
+        rows.append(
+            (
+                "ONNX Runtime latency",
+                *milliseconds,
+                f"{times['result']['ratio']:.2f}× faster (quartiles {low:.2f}–{high:.2f})",
+            )
+        )
+    return Table(f"{summary['recipe']['name']}: before and after", ("", "before", "after", "change"), tuple(rows))
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"{after / before:.1%} of before" if before else ""
+
+
+def _proof(summary: Mapping[str, Any]) -> Table:
+    verification = summary["verification"]
+    rows = [(f"fidelity: {key}", _show(value)) for key, value in verification["fidelity"].items() if value is not None]
+    for run in [*verification["parity"], *verification["devices"]]:
+        verdict = "holds" if run["passed"] else "BROKEN"
+        rows.append(
+            (f"parity: {run['runtime']}", f"off by {_show(run['relative_error'])} of {_show(run['bound'])}, {verdict}")
+        )
+    rows += [("shortfall", text) for text in verification["shortfalls"]]
+    rows.append(("verdict", "passed" if summary["passed"] else "NOT passed"))
+    return Table("Proof", ("question", "answer"), tuple(rows))
+
+
+def _numbers(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {_show(value)}" for key, value in numbers.items())
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_markdown(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> str:
+    parts = [f"# {summary['recipe']['name']}", summary["recipe"]["description"]]
+    for table in tables(summary, timings):
+        lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts.append(f"## {table.title}\n\n{body}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.3rem .8rem;text-align:left}"
+)
+
+
+def to_html(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> str:
+    title = html.escape(summary["recipe"]["name"])
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"]
+    parts.append(f"<h1>{title}</h1><p>{html.escape(summary['recipe']['description'])}</p>")
+    for table in tables(summary, timings):
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table.rows)
+        parts.append(f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>")
+    return "\n".join(parts) + "</html>\n"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

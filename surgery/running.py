@@ -1,0 +1,93 @@
+"""A model of any form, in PyTorch or ONNX Runtime, as a function from a batch to its flat output tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import InputError
+from .export.names import named_inputs, named_outputs
+from .export.runtime import OnnxModel
+from .inputs import Inputs
+from .tracing import evaluating
+
+Model = nn.Module | OnnxModel
+Run = Callable[[Any], list[Tensor]]
+
+
+@contextmanager
+def running(model: Model, *, signature: Model | None = None, device: str = "cpu") -> Iterator[Run]:
+    """`model` as a function of a batch: a tensor, a tuple or a dict of arguments, or `Inputs`.
+
+    A module runs in eval mode on `device`, as a copy if it lives elsewhere, and never sees the batch itself but a clone.
+    An ONNX file knows its inputs by name alone; `signature`, a module with the same arguments, says which is which.
+    """
+    if isinstance(model, OnnxModel):
+        yield lambda batch: _run_file(model, batch, signature)
+        return
+    local = _moved(model, torch.device(device))
+    with evaluating(local), _full_precision():
+        yield lambda batch: _run_module(local, batch, device)
+
+
+def batches_of(data: Any, labelled: bool) -> Iterator[tuple[Any, Any]]:
+    """`(inputs, target)` of every batch; the target is None without labels. A lone tensor is one batch.
+
+    Raises:
+        InputError: there are no batches, or they are not what `labelled` says.
+    """
+    if not isinstance(data, Iterable):
+        raise InputError(f"data is {type(data).__name__}, not an iterable of batches", fix="give a list of batches")
+    empty = True
+    for batch in [data] if isinstance(data, Tensor) else data:
+        empty = False
+        if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise InputError(f"a labelled batch is {type(batch).__name__}", fix="give pairs (inputs, target)")
+        yield tuple(batch) if labelled else (batch, None)
+    if empty:
+        raise InputError("there are no batches to compare models on", fix="give at least one")
+
+
+def batch_size(batch: Any) -> int:
+    """Leading size of the first tensor in `batch`; 1 where there is none."""
+    leaves = [batch] if isinstance(batch, Tensor) else batch.tensors if isinstance(batch, Inputs) else tree_leaves(batch)
+    return next((int(t.shape[0]) for t in leaves if isinstance(t, Tensor) and t.ndim), 1)
+
+
+def _run_module(model: nn.Module, batch: Any, device: str) -> list[Tensor]:
+    inputs = Inputs.of(model, batch).to(device).clone()
+    return list(named_outputs(model(*inputs.args, **inputs.kwargs)).values())
+
+
+def _run_file(model: OnnxModel, batch: Any, signature: Model | None) -> list[Tensor]:
+    if isinstance(signature, nn.Module):
+        named = named_inputs(signature, Inputs.of(signature, batch))
+    elif isinstance(batch, dict):
+        named = batch
+    else:
+        named = {}
+    if named.keys() == set(model.input_names):
+        return model(**named)
+    return model(*(named.values() or [t for t in tree_leaves(batch) if isinstance(t, Tensor)]))
+
+
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    tensors = [*model.parameters(), *model.buffers()]
+    return model if all(t.device.type == device.type for t in tensors) else copy.deepcopy(model).to(device)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: it keeps 10 of float32's 23 mantissa bits."""
+    enabled = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = enabled

@@ -1,0 +1,177 @@
+"""A run folder: finished steps survive a kill, artifacts appear whole or not at all, other runs are not touched.
+
+run.json                     what the folder belongs to: hashes of recipe, model and inputs
+steps/0-capture/             state and report of each finished step; older states are dropped, reports stay
+model.onnx model.py model.safetensors recipe.lock.yaml report.json report.md report.html timings.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from .capture import CapturedModel
+from .errors import RunError
+from .graph import tensors
+from .inputs import Inputs
+from .passes import Edit, PassReport, Skip
+from .recipe import Plan
+from .state import load_state, save_state
+
+
+def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, str]:
+    """What a run folder belongs to. Data is not part of it: calibrate with the same data when you resume."""
+    shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in inputs.named_tensors.items()}
+    return {
+        "recipe": plan.hash,
+        "model": fingerprint(model),
+        "inputs": _digest(json.dumps(shapes, sort_keys=True).encode()),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the class and every parameter and buffer."""
+    hasher = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
+    for name, tensor in sorted(tensors(model).items()):
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+_STEMS = ("model", "original", "recipe", "report", "run", "timings")
+
+
+class RunFolder:
+    """Steps and artifacts of one run below `path`."""
+
+    def __init__(self, path: Path, key: Mapping[str, str], *, resume: bool) -> None:
+        """Raises RunError where the folder holds another run, or files that are no run."""
+        self.path = path
+        self._steps = path / "steps"
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._claim(dict(key))
+            if not resume:
+                shutil.rmtree(self._steps, ignore_errors=True)
+            self._steps.mkdir(exist_ok=True)
+
+    def _claim(self, key: dict[str, str]) -> None:
+        marker = self.path / "run.json"
+        if marker.exists():
+            held = _read_json(marker)
+            differing = [part for part in key if not isinstance(held, dict) or held.get(part) != key[part]]
+            if differing:
+                raise RunError(
+                    f"the folder holds a run with another {' and '.join(differing)}",
+                    at=str(self.path),
+                    fix="choose another folder, or delete this one",
+                )
+        elif any(self.path.iterdir()):
+            raise RunError(
+                "the folder is not empty and holds no run", at=str(self.path), fix="choose an empty or new folder"
+            )
+        else:
+            self.write("run.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+
+    def _sweep(self) -> None:
+        """Remove what a killed run left half-written."""
+        partial = [f for stem in _STEMS for f in self.path.glob(f".{stem}*")]
+        for leftover in [*self._steps.glob(".*"), *partial]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text artifact, whole or not at all."""
+        target, partial = self.path / name, self.path / f".{name}.partial"
+        with writing(target):
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        return target
+
+    def finished(self, names: Sequence[str]) -> list[PassReport]:
+        """Reports of the finished steps, the first of `names` onwards; states that nothing needs any more are
+        dropped.
+        """
+        reports = []
+        for index, name in enumerate(names):
+            folder = self._folder(index, name)
+            if not folder.exists():
+                break
+            reports.append(_report_from(_read_json(folder / "report.json")))
+        for index, name in enumerate(names[1 : max(1, len(reports) - 1)], start=1):
+            _drop_state(self._folder(index, name))
+        return reports
+
+    def state(self, index: int, name: str) -> CapturedModel:
+        """The model as the finished step left it."""
+        return load_state(self._folder(index, name))
+
+    def keep(self, index: int, name: str, model: CapturedModel, report: PassReport) -> None:
+        """Store a finished step; the state of the step before it is dropped, but never the captured original's."""
+        folder = self._folder(index, name)
+        partial = self._steps / f".{folder.name}"
+        with writing(folder):
+            partial.mkdir()
+            save_state(model, partial)
+            text = json.dumps(asdict(report), indent=2, sort_keys=True) + "\n"
+            (partial / "report.json").write_text(text, encoding="utf-8")
+            os.replace(partial, folder)
+        if index > 1:
+            for previous in self._steps.glob(f"{index - 1}-*"):
+                _drop_state(previous)
+
+    def _folder(self, index: int, name: str) -> Path:
+        return self._steps / f"{index}-{name}"
+
+
+def _drop_state(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.name != "report.json":
+            file.unlink()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path.name} is damaged: {error}", at=str(path.parent), fix="delete the folder and run again"
+        ) from error
+
+
+def _report_from(raw: Any) -> PassReport:
+    try:
+        return PassReport(
+            tuple(Edit(**edit) for edit in raw["edits"]),
+            tuple(Skip(**skip) for skip in raw["skips"]),
+            tuple(raw["notes"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise RunError(f"a step's report is damaged: {error}", fix="delete the run folder and run again") from error
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns a failing write (no room, no permission) into a RunError that says what is kept."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{target} cannot be written: {getattr(error, 'strerror', None) or error}",
+            fix="make room or choose another folder, then resume; finished steps and earlier artifacts are kept",
+        ) from error

@@ -1,0 +1,86 @@
+"""Rules on what a pass reports, and on what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+from ..context import Context
+from ..errors import InputError
+from ..graph import layers, tensors
+from ..passes import Edit
+from .trial import Trial, assert_same_outputs, first_difference, state_of
+
+
+def reasons_are_given(trial: Trial) -> None:
+    """every edit and skip has a reason"""
+    for entry in (*trial.report.edits, *trial.report.skips):
+        reason = entry.what if isinstance(entry, Edit) else entry.why
+        assert reason.strip(), f"{entry} has none"
+
+
+def layers_are_named(trial: Trial) -> None:
+    """every edit and skip names a layer, module, tensor or node of the model before the pass"""
+    known = {name for name, _ in trial.before.named_modules()} | tensors(trial.before).keys()
+    known |= {layer.name for layer in layers(trial.before)} | {node.name for node in trial.before.graph.nodes}
+    for entry in (*trial.report.edits, *trial.report.skips):
+        assert entry.layer in known, f"there is no {entry.layer!r}"
+
+
+def numbers_are_finite(trial: Trial) -> None:
+    """the numbers of every edit are finite and survive JSON"""
+    for edit in trial.report.edits:
+        assert all(math.isfinite(value) for value in edit.numbers.values()), f"{edit}"
+        assert json.loads(json.dumps(dict(edit.numbers))) == dict(edit.numbers), f"{edit}"
+
+
+def is_deterministic(trial: Trial) -> None:
+    """the same model, data and seed give the same report and the same weights"""
+    after, report = trial.step(trial.before, trial.context())
+    assert report == trial.report, f"the second run reports {report}, the first {trial.report}"
+    difference = first_difference(state_of(after), state_of(trial.after))
+    assert difference is None, f"{difference} differs between two runs"
+
+
+def is_idempotent(trial: Trial) -> None:
+    """a second application makes no edit, unless `idempotent` is False"""
+    if trial.step.idempotent and trial.report.modified:
+        _, again = trial.step(trial.after, trial.context())
+        assert not again.edits, f"the second application reports {again.edits[0]}"
+
+
+def edited_layers_can_be_excluded(trial: Trial) -> None:
+    """`exclude` with the name that an edit gives leaves that layer alone"""
+    for edit in trial.report.edits[:1]:
+        step = replace(trial.step, exclude=(*trial.step.exclude, edit.layer))
+        _, report = step(trial.before, trial.context())
+        assert edit.layer not in {e.layer for e in report.edits}, f"exclude=({edit.layer!r},) does not exclude it"
+
+
+def asks_for_calibration(trial: Trial) -> None:
+    """with `needs_calibration` and no data it raises InputError"""
+    if trial.step.needs_calibration:
+        try:
+            trial.step(trial.before, Context(trial.before))
+        except InputError:
+            return
+        raise AssertionError("it ran without data")
+
+
+def no_edit_changes_nothing(trial: Trial) -> None:
+    """a pass that reports no edit leaves the outputs bit-identical"""
+    if not trial.report.modified:
+        assert_same_outputs(trial, trial.after, trial.before)
+
+
+OUTCOME = (
+    reasons_are_given,
+    layers_are_named,
+    numbers_are_finite,
+    is_deterministic,
+    is_idempotent,
+    edited_layers_can_be_excluded,
+    asks_for_calibration,
+    no_edit_changes_nothing,
+)

@@ -1,0 +1,218 @@
+"""Captures 80 torchvision and 24 timm architectures and compares each with eager PyTorch.
+
+    make zoo                                   all of them
+    make zoo ZOO="resnet18 vit_b_16 --export"  some of them, and their ONNX files as well
+
+Seconds are `torch.export`'s own, then capture's, one after the other in the same process with the same dynamic batch.
+Errors are relative to the largest expected value: `output` on the example and on a batch of three, `gradient` over every
+parameter and buffer after one training step from the same seed. Stochastic depth, which an eval graph does not have, is
+switched off for that step. `lost` counts distinct tensors of the state dict that are there under no name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.util
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from surgery.capture import CapturedModel, capture, relative_error
+from surgery.graph import tensors
+
+TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
+STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")
+COLUMNS = f"{'model':38} {'parameters':>12} {'export':>8} {'capture':>8} {'ratio':>6} {'output':>8} {'gradient':>9} {'lost':>5}"
+
+
+@dataclass
+class Result:
+    """One row. None = not measured."""
+
+    parameters: int
+    export_seconds: float
+    capture_seconds: float
+    output: float
+    gradient: float | None
+    why_no_gradient: str
+    lost: tuple[str, ...]
+    dynamic: bool
+    parity: float | None
+
+    def __str__(self) -> str:
+        ratio = self.capture_seconds / self.export_seconds
+        gradient = "-" if self.gradient is None else f"{self.gradient:.1e}"
+        row = (
+            f"{self.parameters:>12,} {self.export_seconds:>7.2f}s {self.capture_seconds:>7.2f}s {ratio:>6.2f}"
+            f" {self.output:>8.1e} {gradient:>9} {len(self.lost):>5}"
+        )
+        notes = [self.why_no_gradient, "" if self.dynamic else "batch fixed", ", ".join(self.lost[:2])]
+        notes += [] if self.parity is None else [f"ONNX parity {self.parity:.1e}"]
+        return "  ".join([row, *filter(None, notes)])
+
+
+def examine(model: nn.Module, inputs: tuple[Tensor, ...], *, gradient_limit: int, export: bool) -> Result:
+    parameters = sum(p.numel() for p in model.parameters())
+    export_seconds = timed(lambda: plain_export(model, inputs))[0]
+    capture_seconds, captured = timed(lambda: capture(model, inputs))
+    gradient, why = (None, f"no gradient above {gradient_limit:,} parameters")
+    output = max(output_error(model, captured, batch(inputs, size)) for size in (1, 3))
+    lost = lost_tensors(model, captured)
+    parity = onnx_parity(captured) if export else None
+    if parameters <= gradient_limit:
+        gradient, why = gradient_error(model, captured, batch(inputs, 2))
+    return Result(
+        parameters, export_seconds, capture_seconds, output, gradient, why, lost, captured.dynamic_batch, parity
+    )
+
+
+def timed(action: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = action()
+    return time.perf_counter() - start, result
+
+
+def plain_export(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """What anyone would call; a batch of two, as export takes one for a constant."""
+    dynamic = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
+    try:
+        torch.export.export(model, batch(inputs, 2), dynamic_shapes=dynamic)
+    except Exception:
+        automatic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+        torch.export.export(model, batch(inputs, 2), dynamic_shapes=automatic)
+
+
+def batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """The example, then noise, so that samples differ."""
+    generator = torch.Generator().manual_seed(size)
+    return tuple(torch.cat([t, torch.rand(size - 1, *t.shape[1:], generator=generator)]) for t in inputs)
+
+
+def output_error(model: nn.Module, captured: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    with torch.no_grad():
+        expected, actual = leaves(model(*inputs)), leaves(captured(*inputs))
+    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def gradient_error(model: nn.Module, captured: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float | None, str]:
+    """Gradients and buffers after one training step; the reason where eager trains on something else than it evaluates."""
+    eager, graph = copy.deepcopy(model).train(), captured.train()
+    for module in eager.modules():
+        if type(module).__name__ in STOCHASTIC_DEPTH:
+            module.eval()
+    expected, actual = training_step(eager, inputs), training_step(graph, inputs)
+    if expected is None:
+        return None, "no gradient: other outputs in training"
+    assert actual is not None
+    common = expected.keys() & actual.keys()
+    return max(relative_error(actual[name], expected[name]) for name in common), ""
+
+
+def training_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+    torch.manual_seed(0)
+    output = leaves(model(*inputs))
+    if len(output) != 1:
+        return None
+    output[0].square().mean().backward()
+    gradients = {f"{n}.grad": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return gradients | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def leaves(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def lost_tensors(model: nn.Module, captured: nn.Module) -> tuple[str, ...]:
+    names: dict[int, list[str]] = {}
+    state = model.state_dict().keys()
+    for name, tensor in tensors(model).items():
+        if name in state:
+            names.setdefault(id(tensor), []).append(name)
+    kept = captured.state_dict().keys()
+    return tuple(group[0] for group in names.values() if not kept & set(group))
+
+
+def onnx_parity(captured: CapturedModel) -> float:
+    from surgery.export.onnx import export_onnx
+    from surgery.parity import parity
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(captured, captured.inputs, Path(folder) / "model.onnx")
+        return parity(captured, path, [captured.inputs]).relative_error
+
+
+def load_tool(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("zoo_tool", path)
+    if spec is None or spec.loader is None or not path.exists():
+        sys.exit(f"no zoo tool at {path}; give its place with --tool")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chosen(tool: ModuleType, wanted: list[str]) -> list[str]:
+    known = [*tool.torchvision_names(), *tool.timm_names()]
+    unknown = [name for name in wanted if not any(name in (k, k.partition("/")[2]) for k in known)]
+    if unknown:
+        sys.exit(f"unknown: {', '.join(unknown)}")
+    return [k for k in known if not wanted or k in wanted or k.partition("/")[2] in wanted]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="such as resnet18 or timm/cait_xxs24_224; all without one")
+    parser.add_argument("--tool", type=Path, default=TOOL, help="zoo.py, which builds the models")
+    parser.add_argument("--export", action="store_true", help="compare the ONNX file in ONNX Runtime as well")
+    parser.add_argument("--gradient-limit", type=int, default=150_000_000, help="parameters above which no step is trained")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    tool = load_tool(options.tool)
+    names = chosen(tool, options.names)
+    examine(nn.Linear(2, 2), (torch.rand(1, 2),), gradient_limit=0, export=False)  # first-call costs of torch.export
+    results: list[Result] = []
+    print(COLUMNS, flush=True)
+    for name in names:
+        print(f"{name:38} ", end="", flush=True)
+        torch.manual_seed(0)
+        try:
+            model, inputs = tool.build(name)
+            results.append(examine(model, inputs, gradient_limit=options.gradient_limit, export=options.export))
+            print(results[-1], flush=True)
+        except Exception as error:
+            print(f"FAILED {type(error).__name__}: {error}", flush=True)
+        model = inputs = None
+        gc.collect()
+    print(*summary(results, len(names)), sep="\n")
+    return int(len(results) < len(names))
+
+
+def summary(results: list[Result], wanted: int) -> list[str]:
+    if not results:
+        return [f"0 of {wanted} captured"]
+    ratios = sorted(r.capture_seconds / r.export_seconds for r in results)
+    gradients = [r.gradient for r in results if r.gradient is not None]
+    total = [sum(r.export_seconds for r in results), sum(r.capture_seconds for r in results)]
+    return [
+        f"largest output error {max(r.output for r in results):.1e}",
+        f"largest gradient error {max(gradients, default=0.0):.1e} over {len(gradients)} models",
+        f"seconds: export {total[0]:.0f}, capture {total[1]:.0f}; ratio median {ratios[len(ratios) // 2]:.2f}, largest {ratios[-1]:.2f}",
+        f"fixed batch: {sum(not r.dynamic for r in results)}; models with lost tensors: {sum(bool(r.lost) for r in results)}",
+        f"{len(results)} of {wanted} captured",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+import surgery
+from surgery import CaptureError, Data, Edit, InputError, Pass, PassError, PassReport, RecipeError, RunError, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damp(Pass):
+    """Multiply every convolution by a factor."""
+
+    factor: Annotated[float, Field(gt=0, description="factor")] = 0.5
+    idempotent = False
+
+    def apply(self, model, context):
+        edits = []
+        for layer in self.selected(surgery.layers(model)):
+            if isinstance(layer.module, nn.Conv2d):
+                layer.module.weight = nn.Parameter(layer.module.weight.detach() * self.factor)
+                edits.append(Edit(layer.name, f"times {self.factor}"))
+        return PassReport(tuple(edits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter(Pass):
+    """Add seeded noise to every convolution."""
+
+    idempotent = False
+
+    def apply(self, model, context):
+        generator = context.generator()
+        edits = []
+        for layer in self.selected(surgery.layers(model)):
+            if isinstance(layer.module, nn.Conv2d):
+                noise = torch.randn(layer.module.weight.shape, generator=generator) * 1e-3
+                layer.module.weight = nn.Parameter(layer.module.weight.detach() + noise)
+                edits.append(Edit(layer.name, "noise"))
+        return PassReport(tuple(edits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explode(Pass):
+    """Fails."""
+
+    def apply(self, model, context):
+        raise ZeroDivisionError("by design")
+
+
+class Plugin:
+    @hookimpl
+    def surgery_passes(self):
+        return [Damp, Jitter, Explode]
+
+
+REGISTRY = surgery.Registry([Plugin()])
+
+
+class Net(nn.Module):
+    """Functional forward, two inputs, a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image, scale):
+        x = F.relu(self.norm(self.stem(image))) * scale[:, None, None, None]
+        return {"logits": self.head(x.mean((2, 3))), "features": x}
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return {"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}
+
+
+def operate(model, inputs, *passes, budget=None, **options):
+    recipe = {"name": "test", "passes": list(passes), "budget": budget or {}}
+    return surgery.operate(model, inputs, recipe, registry=REGISTRY, latency_rounds=0, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_every_artifact_and_the_callers_model_alone(net, inputs, tmp_path):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.train()
+    operation = operate(net, inputs, "damp", "jitter", out=tmp_path / "run")
+    assert net.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {
+        "model.onnx",
+        "model.py",
+        "model.safetensors",
+        "original.onnx",
+        "recipe.lock.yaml",
+        "report.html",
+        "report.json",
+        "report.md",
+        "run.json",
+        "steps",
+        "timings.json",
+    }
+    assert [len(report.edits) for report in operation.reports] == [1, 1]
+    assert operation.passed
+    assert operation.verification.parity[0].relative_error < 1e-5
+
+
+def test_the_reloaded_model_gives_the_same_bits(net, inputs, tmp_path):
+    operation = operate(net, inputs, "damp", out=tmp_path / "run")
+    loaded = surgery.load(tmp_path / "run")
+    with torch.no_grad():
+        expected, actual = operation.model(**inputs), loaded(**inputs)
+    assert actual.keys() == expected.keys() == {"logits", "features"}
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_two_runs_in_two_folders_are_the_same_bytes(net, inputs, tmp_path):
+    for name in ("a", "b"):
+        operate(net, inputs, "jitter", out=tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_another_seed_gives_another_model(net, inputs):
+    outputs = []
+    for seed in (0, 1):
+        recipe = {"name": "test", "seed": seed, "passes": ["jitter"]}
+        operation = surgery.operate(net, inputs, recipe, registry=REGISTRY, latency_rounds=0)
+        outputs.append(operation.model(**inputs)["logits"])
+    assert not torch.equal(*outputs)
+
+
+def test_a_run_without_a_folder_leaves_nothing_and_still_proves(net, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    operation = operate(net, inputs, "damp")
+    assert operation.folder is None
+    assert operation.verification.parity
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_recipe_model_or_input_is_refused_and_kept(net, inputs, tmp_path):
+    out = tmp_path / "run"
+    operate(net, inputs, "damp", out=out)
+    kept = files(out)
+    with pytest.raises(RunError, match="another recipe"):
+        operate(net, inputs, {"damp": {"factor": 0.25}}, out=out, resume=True)
+    with torch.no_grad():
+        net.head.bias[0] += 1
+    with pytest.raises(RunError, match="another model"):
+        operate(net, inputs, "damp", out=out)
+    assert files(out) == kept
+
+
+def test_a_folder_with_other_things_is_refused_and_kept(net, inputs, tmp_path):
+    (tmp_path / "model.py").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        operate(net, inputs, "damp", out=tmp_path)
+    assert files(tmp_path) == {"model.py": b"mine"}
+
+
+def test_resuming_a_finished_run_changes_nothing(net, inputs, tmp_path):
+    operate(net, inputs, "damp", "jitter", out=tmp_path / "run")
+    first = files(tmp_path / "run")
+    operate(net, inputs, "damp", "jitter", out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == first
+
+
+def test_a_pass_that_fails_keeps_finished_steps_and_earlier_artifacts(net, inputs, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(PassError, match="ZeroDivisionError: by design") as caught:
+        operate(net, inputs, "damp", "explode", out=out)
+    assert "pass explode" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert {p.name for p in (out / "steps").iterdir()} == {"0-capture", "1-damp"}
+
+
+def test_a_wrong_step_five_is_found_before_anything_runs(net, inputs, tmp_path):
+    with pytest.raises(RecipeError, match=r"passes\.4"):
+        operate(net, inputs, "damp", "damp", "damp", "damp", {"damp": {"factr": 1}}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name(net, inputs):
+    with pytest.raises(RecipeError, match="did you mean stem"):
+        operate(net, inputs, {"damp": {"exclude": ["sten"]}})
+
+
+def test_select_and_exclude_go_by_name_and_type(net, inputs):
+    assert operate(net, inputs, {"damp": {"select": ["Conv2d"]}}).reports[0].edits
+    assert not operate(net, inputs, {"damp": {"exclude": ["st*"]}}).reports[0].edits
+
+
+def test_a_broken_budget_is_reported_and_the_files_are_kept(net, inputs, tmp_path):
+    operation = operate(net, inputs, "damp", budget={"sqnr_db": 60.0}, out=tmp_path / "run")
+    assert not operation.passed
+    assert "SQNR" in operation.verification.shortfalls[0]
+    assert (tmp_path / "run" / "model.onnx").exists()
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["passed"] is False
+
+
+def test_accuracy_is_measured_with_labels_and_its_budget_held(net, inputs):
+    single = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    torch.manual_seed(2)
+    images = torch.rand(40, 3, 8, 8)
+    with torch.no_grad():
+        labels = single.eval()(images).argmax(1)
+    data = Data(evaluation=[(images[:20], labels[:20]), (images[20:], labels[20:])])
+    operation = operate(single, images[:1], {"damp": {"factor": 1e-6}}, data=data, budget={"accuracy_drop": 0.0})
+    assert operation.verification.fidelity.accuracy_reference == 1.0
+    assert operation.verification.fidelity.samples == 40
+    kept = operation.verification.fidelity.accuracy_candidate == 1.0
+    assert operation.passed == kept
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"image": torch.rand(1, 4, 8, 8), "scale": torch.rand(1)}, CaptureError, "expected input"),
+        ({"image": torch.rand(1, 3, 8, 8)}, InputError, "scale"),
+        ({"picture": 1, "image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}, InputError, "picture"),
+        ({"image": torch.full((1, 3, 8, 8), float("nan")), "scale": torch.rand(1)}, InputError, "NaN"),
+    ],
+)
+def test_wrong_example_inputs_are_named(net, bad, error, message):
+    with pytest.raises(error, match=message):
+        operate(net, bad, "damp")
+
+
+def test_no_room_on_the_disk_is_an_error_that_keeps_what_was_there(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import resource, torch
+from test_pipeline import Net, operate
+from surgery import SurgeryError
+torch.manual_seed(0)
+net, inputs = Net(), {{"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}}
+operate(net, inputs, "damp", out={str(tmp_path / "run")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    operate(net, inputs, "damp", out={str(tmp_path / "run")!r})
+except SurgeryError as error:
+    print(type(error).__name__, error)
+""")
+    good = tmp_path / "run"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert "RunError" in result.stdout, result.stdout + result.stderr
+    assert "File too large" in result.stdout
+    assert "kept" in result.stdout
+    assert surgery.load(good)(torch.rand(1, 3, 8, 8), torch.rand(1)).keys() == {"logits", "features"}
+    assert not list(good.rglob("*.partial"))
+
+
+# One process imports everything, computes nothing, and forks: a child per kill, then one that resumes.
+KILLS = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch, onnxruntime, safetensors.torch, pathlib, builtins
+from test_pipeline import Net, operate
+import surgery.pipeline
+
+def inside(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(type(error), error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+def run(out, resume=False):
+    torch.manual_seed(0)
+    inputs = {{"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}}
+    operate(Net(), inputs, "damp", "jitter", {{"damp": {{"factor": 0.9}}}}, out=out, resume=resume)
+
+def run_and_kill(out, at):
+    calls = 0
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    pathlib.Path.mkdir, pathlib.Path.unlink = counted(pathlib.Path.mkdir), counted(pathlib.Path.unlink)
+    run(out)
+
+assert inside(lambda: run({out!r} + "/undisturbed")) == 0
+for at in {points}:
+    out = {out!r} + f"/killed-{{at}}"
+    status = inside(lambda: run_and_kill(out, at))
+    killed = os.WIFSIGNALED(status)
+    print(at, "killed" if killed else "ended", inside(lambda: run(out, resume=True)))
+    if not killed:
+        break
+"""
+
+
+def test_a_run_killed_anywhere_and_resumed_is_the_same_bytes(tmp_path):
+    points = [1, 2, 3, 6, 11, 17, 24, 33, 41, 47]
+    code = KILLS.format(tests=str(Path(__file__).parent), out=str(tmp_path), points=points)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0, result.stderr
+    assert sum("killed" in line for line in lines) >= 5, result.stdout + result.stderr
+    assert all(line.endswith(" 0") for line in lines), result.stdout + result.stderr
+    expected = files(tmp_path / "undisturbed")
+    for folder in sorted(tmp_path.glob("killed-*")):
+        assert files(folder) == expected, folder.name
