@@ -2,8 +2,8 @@
 
     before:  z = γ (y - μ) / √(σ² + ε) + β,   y = W x + b     after:  z = (s W) x + s (b - μ) + β,   s = γ / √(σ² + ε)
 
-μ, σ² (channels,) are the running statistics, so the result is the function the network computes in eval mode; s scales the
-output channels of W.
+μ, σ² (channels,) are the running statistics, so the result is the function the network computes in eval mode; s scales
+the output channels of W.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery import Edit, Pass, PassReport, Skip, bypass, hookimpl, layers, replace_layer, shape, sharing
+import surgery
+from surgery import Edit, Pass, PassReport, Skip, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
@@ -29,23 +30,28 @@ class FoldBatchnorm(Pass):
     exact: ClassVar[bool] = True
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
-        edits, skips = [], []
-        norms = [layer for layer in layers(model) if layer.type.startswith("BatchNorm")]
-        for norm in self.selected(norms) if norms else []:
-            for node in norm.nodes:
-                before = _layer_before(model, node)
-                if before is None or (why := _obstacle(model, norm, node, before)):
-                    skips.append(Skip(norm.name, why if before else "follows no convolution or linear layer"))
-                    continue
-                gains = ", which gains a bias" if before.module.bias is None else ""
-                _fold(model, before, norm, node)
-                edits.append(Edit(norm.name, f"folded into {before.name}{gains}"))
-        return PassReport(tuple(edits), tuple(skips))
+        norms = [layer for layer in surgery.layers(model) if layer.type.startswith("BatchNorm")]
+        results = [_treated(model, norm, node) for norm in self.selected(norms) for node in norm.nodes]
+        edits = tuple(result for result in results if isinstance(result, Edit))
+        return PassReport(edits, tuple(result for result in results if isinstance(result, Skip)))
+
+
+def _treated(model: CapturedModel, norm: Layer, node: fx.Node) -> Edit | Skip:
+    """Fold `norm` at its call `node` where that is exact, else say why not."""
+    before = _layer_before(model, node)
+    if before is None:
+        return Skip(norm.name, "follows no convolution or linear layer")
+    why = _obstacle(model, norm, node, before)
+    if why:
+        return Skip(norm.name, why)
+    gains = ", which gains a bias" if before.module.bias is None else ""
+    _fold(model, before, norm, node)
+    return Edit(norm.name, f"folded into {before.name}{gains}")
 
 
 def _layer_before(model: CapturedModel, node: fx.Node) -> Layer | None:
     """The layer whose output `node` normalises, if it is one that takes a scale per output channel."""
-    for layer in layers(model):
+    for layer in surgery.layers(model):
         if node.args[0] in layer.nodes and layer.type.startswith(("Conv", "Linear")):
             return layer
     return None
@@ -55,13 +61,13 @@ def _obstacle(model: CapturedModel, norm: Layer, node: fx.Node, before: Layer) -
     """Why `norm` cannot be folded at the call `node`, or None."""
     if norm.module.running_mean is None:
         return "has no running statistics: it normalises by the batch"
-    shared = sharing(model, before)
+    shared = surgery.sharing(model, before)
     if shared:
         return f"{before.name} cannot change alone: {shared}"
     users = len(before.nodes[0].users)
     if users > 1:
         return f"{before.name} has {users} users, which all read its output before the normalisation"
-    if len(shape(node)) != _dimensions(before):
+    if len(surgery.shape(node)) != _dimensions(before):
         return f"its channels are not the output channels of {before.name}"
     return None
 
@@ -81,9 +87,9 @@ def _fold(model: CapturedModel, before: Layer, norm: Layer, node: fx.Node) -> No
     trainable = module.weight.requires_grad
     module.weight = nn.Parameter(scaled_outputs(module, scale), trainable)
     module.bias = nn.Parameter(bias.to(module.weight.dtype), trainable)
-    bypass(model, node)
+    surgery.bypass(model, node)
     if before.functional:
-        replace_layer(model, before, {"": module})
+        surgery.replace_layer(model, before, {"": module})
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -98,7 +104,7 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
 
 def scaled_outputs(module: Any, scale: Tensor) -> Tensor:
     """The layer's weight with every output channel times `scale` (channels,), in the weight's own type."""
-    weight = module.weight.detach()
+    weight: Tensor = module.weight.detach()
     if type(module).__name__.startswith("ConvTranspose"):  # (inputs, outputs / groups, *kernel), inputs by group
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).double()
         by_group = scale.view(module.groups, 1, -1, *[1] * (weight.ndim - 2))

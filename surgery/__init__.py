@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
+    from .calibration import Moments as Moments
+    from .calibration import Regression as Regression
     from .capture import CapturedModel as CapturedModel
     from .capture import capture as capture
     from .context import Context as Context
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .graph import set_module as set_module
     from .graph import shape as shape
     from .graph import sharing as sharing
+    from .graph import tied as tied
     from .hooks import hookimpl as hookimpl
     from .inputs import Inputs as Inputs
     from .load import load as load
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from .verify import verify as verify
 
 _HOME = {
-    "calibration": ("Calibration",),
+    "calibration": ("Calibration", "Moments", "Regression"),
     "capture": ("CapturedModel", "capture"),
     "context": ("Context",),
     "data": ("Data",),
@@ -69,7 +72,7 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "set_module", "shape", "sharing"),
+    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "set_module", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "load": ("load",),

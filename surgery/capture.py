@@ -39,6 +39,13 @@ class CaptureInfo:
     error: float
 
 
+class CallCodeGen(_PyTreeCodeGen):
+    """Code that takes the original's nested arguments and gives its nested outputs."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallCodeGen:
+        return CallCodeGen(self.pytree_info)
+
+
 class CapturedModel(fx.GraphModule):
     """A `GraphModule` that reproduces the model it was captured from; called, trained and moved like any module."""
 
@@ -54,8 +61,8 @@ class CapturedModel(fx.GraphModule):
         return CapturedModel.__init__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModel:
-        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
-        memo.update({id(spec): spec for spec in (info.in_spec, info.out_spec)})  # immutable
+        for spec in (self._in_spec, self._out_spec):  # immutable, and torch warns when one is copied
+            memo[id(spec)] = spec
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, CapturedModel)
         return copied
@@ -114,10 +121,11 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     notes += [why_static] if why_static else []
     captured = _raise(exported, private, inputs)
     notes += _dropped(private, captured)
-    error = _compare(captured, inputs, expected)
+    error = 0.0
     if dynamic:
         other = inputs.with_batch(inputs.batch_size + 2)
-        error = max(error, _compare(captured, other, _run_eager(private, other)))
+        error = _compare(captured, other, _forward(private, other))
+    error = max(error, _compare(captured, inputs, expected))  # last: shapes on the nodes are the example's
     captured.meta["capture"] = CaptureInfo(inputs, dynamic, tuple(notes), error)
     return captured
 
@@ -241,7 +249,7 @@ def _raise(program: torch.export.ExportedProgram, private: nn.Module, inputs: In
     root, graph = Raiser(module.graph, names, program.constants, private).run()
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
+    graph.set_codegen(CallCodeGen(_PyTreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
     captured = CapturedModel(root, graph)
     remove_unused(captured)
     captured.eval()

@@ -26,7 +26,7 @@ _MISSING = object()
 
 
 def constructor(module: nn.Module) -> dict[str, Any]:
-    """Arguments by name that build a module of the same structure: numbers, strings, None, dtypes, tuples and lists of these.
+    """Arguments by name that build a module of the same structure: plain values and tuples of them.
 
     Raises:
         ExportError: an argument is no attribute or no plain value, or the module built from them has other tensors.
@@ -47,9 +47,7 @@ def constructor(module: nn.Module) -> dict[str, Any]:
 
 def parameters(cls: type[nn.Module]) -> list[inspect.Parameter]:
     """The constructor's parameters that describe the layer; the first overload where it has several."""
-    overloads = typing.get_overloads(cls.__init__)
-    signature = inspect.signature(overloads[0] if overloads else cls.__init__)
-    described = [p for p in list(signature.parameters.values())[1:] if p.name not in _PLACEMENT]
+    described = [p for p in _signature(cls).values() if p.name not in _PLACEMENT]
     for p in described:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
             raise _unbuildable(cls, f"takes the constructor argument {str(p)!r}, which names no attribute")
@@ -58,8 +56,7 @@ def parameters(cls: type[nn.Module]) -> list[inspect.Parameter]:
 
 def takes(cls: type[nn.Module], name: str) -> bool:
     """Whether the constructor has an argument `name`."""
-    overloads = typing.get_overloads(cls.__init__)
-    return name in inspect.signature(overloads[0] if overloads else cls.__init__).parameters
+    return name in _signature(cls)
 
 
 def build(cls: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
@@ -152,6 +149,15 @@ def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
+def _signature(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters after `self`."""
+    if cls.__init__ is nn.Module.__init__:
+        return {}
+    overloads = typing.get_overloads(cls.__init__)
+    signature = inspect.signature(overloads[0] if overloads else cls.__init__)
+    return dict([*signature.parameters.items()][1:])
+
+
 def _argument(module: nn.Module, parameter: inspect.Parameter) -> Any:
     value = getattr(module, parameter.name, _MISSING)
     if value is _MISSING:
@@ -211,5 +217,5 @@ def _unbuildable(cls: type[nn.Module], problem: str) -> ExportError:
     return ExportError(
         f"the layer class {cls.__qualname__} {problem}",
         at=f"{cls.__module__}.{cls.__qualname__}",
-        fix="its author must keep every constructor argument as an attribute of the same name (numbers, strings, tuples)",
+        fix="its author must keep each constructor argument as an attribute of the same name (number, string, tuple)",
     )

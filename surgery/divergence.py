@@ -18,9 +18,9 @@ from torch.export import ExportedProgram
 
 from .deviation import Deviation
 from .errors import ModelError
-from .export.names import named_inputs
-from .export.onnx import OnnxTrace, trace_onnx
+from .export.onnx import OnnxTrace, arguments, trace_onnx
 from .export.runtime import CPU, OnnxModel, runtime_session
+from .export.tensor_names import named_inputs
 from .inputs import Inputs
 from .tracing import evaluating
 
@@ -62,7 +62,7 @@ def first_divergence(
 def _first_above(bound: float, trace: OnnxTrace, example: Inputs, actual: dict[str, Tensor]) -> Divergence | None:
     names = _onnx_names(trace)
     since: list[fx.Node] = []
-    for node, expected in _values(trace.program, example):
+    for node, expected in _values(trace, example):
         since.append(node)
         value = actual.get(names.get(node.name, node.name))
         if value is None or not isinstance(expected, Tensor) or value.shape != expected.shape:
@@ -98,15 +98,10 @@ def _onnx_names(trace: OnnxTrace) -> dict[str, str]:
     return {str(name): str(value.name) for name, value in zip(specs, trace.onnx.graph.outputs, strict=True)}
 
 
-def _values(program: ExportedProgram, example: Inputs) -> list[tuple[fx.Node, Any]]:
+def _values(trace: OnnxTrace, example: Inputs) -> list[tuple[fx.Node, Any]]:
     """Everything that the program computes, in the order of execution."""
-    tensors = iter(example.tensors)
-    weights = {**program.state_dict, **program.constants}
-    arguments = [
-        next(tensors) if spec.target is None else weights[spec.target] for spec in program.graph_signature.input_specs
-    ]
-    recorder = _Recorder(program.graph_module)
-    recorder.run(*arguments)
+    recorder = _Recorder(trace.program.graph_module)
+    recorder.run(*arguments(trace.program, example))
     return recorder.computed
 
 

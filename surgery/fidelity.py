@@ -28,7 +28,7 @@ class Fidelity:
     sqnr_db: float
     """Signal-to-noise ratio of the worst output in dB; infinite if identical."""
     top1_agreement: float | None = None
-    """Share of samples with the same largest logit, 0 to 1; None if the first output is no (samples, classes) matrix."""
+    """Share of samples with the same largest logit, 0 to 1; None if the first output is not (samples, classes)."""
     accuracy_reference: float | None = None
     """Share of samples whose largest logit is the right one, 0 to 1, or the mean metric; None without labels."""
     accuracy_candidate: float | None = None

@@ -2,6 +2,7 @@
 
     y = relu_(x); z = f(x)            →   y = relu(x); z = f(y)
     v = select(x, 1, 0); fill_(v, 1)  →   v' = fill(v, 1); x' = select_scatter(x, v', 1, 0); later uses of x read x'
+    with no_grad(): y = f(x)          →   y = detach(f(x))
 
 The second form runs the chain of views from the written value back to its base, one inverse per view, and derives the
 other views of the same base anew where something still reads them. `torch.export`'s own functionalisation does the
@@ -11,7 +12,6 @@ same, but decomposes BatchNorm and drops dropout on the way.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -19,33 +19,12 @@ import torch
 from torch import fx
 
 from .errors import CaptureError
+from .views import aliases, chain_to_base, put_back
 
 aten = torch.ops.aten
 
 # Regions whose body can be run where it stands: the position of the body among the operator's arguments.
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
-
-_SCATTER: dict[Any, Callable[[fx.Graph, fx.Node, fx.Node, tuple[Any, ...]], fx.Node]] = {
-    aten.select.int: lambda g, base, new, rest: g.call_function(aten.select_scatter.default, (base, new, *rest)),
-    aten.slice.Tensor: lambda g, base, new, rest: g.call_function(aten.slice_scatter.default, (base, new, *rest)),
-    aten.transpose.int: lambda g, base, new, rest: g.call_function(aten.transpose.int, (new, *rest)),
-    aten.t.default: lambda g, base, new, rest: g.call_function(aten.t.default, (new,)),
-    aten.unsqueeze.default: lambda g, base, new, rest: g.call_function(aten.squeeze.dim, (new, *rest)),
-    aten.permute.default: lambda g, base, new, rest: g.call_function(aten.permute.default, (new, _inverse(rest[0]))),
-    aten.view.default: lambda g, base, new, rest: g.call_function(aten.view_as.default, (new, base)),
-    aten.reshape.default: lambda g, base, new, rest: g.call_function(aten.view_as.default, (new, base)),
-    aten.flatten.using_ints: lambda g, base, new, rest: g.call_function(aten.view_as.default, (new, base)),
-    **dict.fromkeys(
-        (aten.alias.default, aten.detach.default, aten.dropout.default, aten.contiguous.default),
-        lambda g, base, new, rest: new,
-    ),
-}
-
-
-def _inverse(permutation: list[int]) -> list[int]:
-    rank = len(permutation)
-    positive = [d % rank for d in permutation]
-    return [positive.index(d) for d in range(rank)]
 
 
 def functionalise(module: fx.GraphModule) -> None:
@@ -71,32 +50,51 @@ def inline_regions(module: fx.GraphModule) -> None:
         name = getattr(node.target, "_name", getattr(node.target, "__name__", ""))
         if node.op != "call_function" or name not in _REGIONS:
             continue
+        body_node = node.args[_REGIONS[name]]
+        assert isinstance(body_node, fx.Node)
+        body = operator.attrgetter(str(body_node.target))(module)
         if name == "wrap_with_autocast" and node.args[2]:
             raise CaptureError(
                 f"the model enters autocast ({node.args[0]}, {node.args[1]}) inside its forward",
-                at=source_line(node),
+                at=next((source_line(n) for n in body.graph.nodes if n.meta.get("stack_trace")), node.name),
                 fix="call autocast outside the model, or cast explicitly with .to(dtype)",
             )
-        _inline(module, node, _REGIONS[name])
+        inline_regions(body)
+        _inline(module, node, body_node, body)
 
 
-def _inline(module: fx.GraphModule, region: fx.Node, body_at: int) -> None:
-    body_node = region.args[body_at]
-    assert isinstance(body_node, fx.Node)
-    body = operator.attrgetter(str(body_node.target))(module)
-    inline_regions(body)
+def _inline(module: fx.GraphModule, region: fx.Node, body_node: fx.Node, body: fx.GraphModule) -> None:
+    body_at = region.args.index(body_node)
     operands = list(region.args[body_at + 1 :])
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=False))
     with module.graph.inserting_before(region):
         output = module.graph.graph_copy(body.graph, values)
-    outputs = output if isinstance(output, tuple | list) else (output,)
+        outputs: list[Any] = list(output) if isinstance(output, tuple | list) else [output]
+        if _switches_gradients_off(region):
+            outputs = [_detached(module.graph, value) for value in outputs]
     for user in list(region.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
+        index = user.args[1]
+        assert isinstance(index, int)
+        user.replace_all_uses_with(outputs[index])
         module.graph.erase_node(user)
     module.graph.erase_node(region)
     if not body_node.users:
         module.graph.erase_node(body_node)
+
+
+def _switches_gradients_off(region: fx.Node) -> bool:
+    return getattr(region.target, "_name", "") == "wrap_with_set_grad_enabled" and region.args[0] is False
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    """`value` without gradients, as it leaves a no_grad region."""
+    tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
+    if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+        return value
+    detached = graph.call_function(aten.detach.default, (value,))
+    detached.meta = dict(value.meta)
+    return detached
 
 
 def _replace_write(graph: fx.Graph, node: fx.Node, position: dict[fx.Node, int]) -> None:
@@ -105,42 +103,72 @@ def _replace_write(graph: fx.Graph, node: fx.Node, position: dict[fx.Node, int])
         raise _unsupported(node, str(node.target))
     with graph.inserting_before(node):
         target = _functional(node)
-        name = str(target.overloadpacket).rpartition(".")[2]
-        new = graph.create_node("call_function", target, node.args, node.kwargs, name=name)
-        new.meta = dict(node.meta)
+        if target is aten.copy.default:
+            new = _copied(graph, written, node.args[1])
+        else:
+            name = str(target.overloadpacket).rpartition(".")[2]
+            new = graph.create_node("call_function", target, node.args, node.kwargs, name=name)
+        new.meta = {**node.meta, "fresh": True}
         if _result_dtype(node) != _promoted_dtype(node):
             new = graph.call_function(aten.to.dtype, (new, _result_dtype(node)))
-            new.meta = dict(node.meta)
+            new.meta = {**node.meta, "fresh": True}
     position[new] = position[node]
     node.replace_all_uses_with(new)
-    _propagate_write(graph, written, new, node, position)
+    if target._schema.returns[0].alias_info is None:
+        _propagate_write(graph, written, new, node, position)
+    else:  # unsqueeze_ and its kind write no value: the result is a view
+        del new.meta["fresh"]
     graph.erase_node(node)
+
+
+def _copied(graph: fx.Graph, written: fx.Node, source: Any) -> fx.Node:
+    """`written.copy_(source)` as a value; aten.copy itself has no gradient."""
+    if _shape(source) != _shape(written):
+        source = graph.call_function(aten.expand_as.default, (source, written))
+    return graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+
+
+def _shape(value: Any) -> tuple[Any, ...] | None:
+    tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None
 
 
 def _propagate_write(
     graph: fx.Graph, written: fx.Node, new: fx.Node, at: fx.Node, position: dict[fx.Node, int]
 ) -> None:
     """Make everything after `at` that shares memory with `written` read the new value."""
-    chain = list(_chain_to_base(written))
-    family = _aliases(chain[-1])
+    chain = list(chain_to_base(written))
+    family = [n for n in aliases(chain[-1]) if position.get(n, -1) < position[at]]
     stale = [n for n in family if n is not written and any(position.get(u, -1) > position[at] for u in n.users)]
     current = {written: new}
     if stale:
-        for view, base in pairwise(chain):
-            inverse = _SCATTER.get(view.target)
-            if inverse is None:
-                raise _unsupported(at, str(view.target))
-            with graph.inserting_before(at):
-                current[base] = inverse(graph, base, current[view], view.args[1:])
-            current[base].meta = {**at.meta, "val": base.meta.get("val")}
-        for view in sorted(family, key=position.__getitem__):
-            if view in current or position[view] > position[at]:
-                continue
-            with graph.inserting_before(at):
-                current[view] = graph.node_copy(view, lambda n: current.get(n, n))
-    for old, value in current.items():
+        with graph.inserting_before(at):
+            base, same = _written_back(graph, chain, new, at)
+            current = {chain[-1]: base}
+            for view in family[1:]:
+                current[view] = (
+                    current[same[view]] if view in same else graph.node_copy(view, lambda n: current.get(n, n))
+                )
+    for old, value in ((new, current[written]), *current.items()):
         position.setdefault(value, position[at])
         _redirect(old, value, position, position[at])
+
+
+def _written_back(
+    graph: fx.Graph, chain: list[fx.Node], new: fx.Node, at: fx.Node
+) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """The new value of the base at the end of `chain`, and which views in it hold the very elements of their base."""
+    value, same = new, {}
+    for view, base in pairwise(chain):
+        inverted = put_back(graph, view, base, value)
+        if inverted is None:
+            raise _unsupported(at, str(view.target))
+        if inverted is value:
+            same[view] = base
+        elif not inverted.meta:
+            inverted.meta = {**at.meta, "val": base.meta.get("val")}
+        value = inverted
+    return value, same
 
 
 def _redirect(old: fx.Node, new: fx.Node, position: dict[fx.Node, int], after: int) -> None:
@@ -149,72 +177,23 @@ def _redirect(old: fx.Node, new: fx.Node, position: dict[fx.Node, int], after: i
             user.replace_input_with(old, new)
 
 
-def _chain_to_base(node: fx.Node) -> Iterator[fx.Node]:
-    yield node
-    while _may_alias(node):
-        base = node.args[0]
-        assert isinstance(base, fx.Node)
-        node = base
-        yield node
-
-
-def _aliases(base: fx.Node) -> list[fx.Node]:
-    """`base` and every view of it, views of views included."""
-    found = [base]
-    for node in found:
-        found += [user for user in node.users if _may_alias(user) and user.args[0] is node and user not in found]
-    return found
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether the result may share memory with the first argument."""
-    if not (node.args and isinstance(node.args[0], fx.Node)):
-        return False
-    if node.target is operator.getitem:
-        return _may_alias(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return False
-    returns = node.target._schema.returns
-    return node.target in _SCATTER or any(r.alias_info is not None for r in returns) or node.target in _MAYBE
-
-
-_MAYBE = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
-    aten.unflatten.int,
-    aten.chunk.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.narrow.default,
-    aten.unbind.int,
-}
-
-
 def _functional(node: fx.Node) -> Any:
     """`aten.relu_.default` → `aten.relu.default`."""
     assert isinstance(node.target, torch._ops.OpOverload)
     namespace, name = node.target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_").replace("__i", "__"), None)
-    overload = getattr(packet, node.target._overloadname, None) if name.endswith("_") else None
-    if overload is None:
+    if packet is None or not name.endswith("_"):
         raise _unsupported(node, name)
-    return overload
+    return getattr(packet, node.target._overloadname, None) or packet.int  # transpose_.default, but transpose.int
 
 
 def is_full_slice(node: fx.Node) -> bool:
     """`x[:]`, which indexing such as `x[:, 0]` leaves behind."""
     if node.target is not aten.slice.Tensor:
         return False
-    start, end, step = (*node.args[2:], *(None, 2**63 - 1, 1)[len(node.args) - 2 :])
-    return start in (0, None) and end in (None, 2**63 - 1) and step == 1
+    given = node.args[2:]
+    start, end, step = given + (None, 2**63 - 1, 1)[len(given) :]
+    return bool(start in (0, None) and end in (None, 2**63 - 1) and step == 1)
 
 
 def _result_dtype(node: fx.Node) -> torch.dtype | None:
@@ -222,11 +201,18 @@ def _result_dtype(node: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+_BOOLEAN = {
+    f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not")
+}
+
+
 def _promoted_dtype(node: fx.Node) -> torch.dtype | None:
     """What the functional operator gives where the written tensor would have kept its own type."""
     operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     same = _result_dtype(node)
-    if len(operands) < 2 or node.target in (aten.copy_.default, aten.masked_fill_.Tensor, aten.fill_.Tensor):
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.removesuffix("_") in _BOOLEAN:
+        return torch.bool
+    if len(operands) < 2 or node.target in (aten.masked_fill_.Tensor, aten.fill_.Tensor):
         return same
     first, second = operands[:2]
     return torch.result_type(

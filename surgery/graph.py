@@ -141,13 +141,18 @@ def _replace_call(graph: fx.Graph, node: fx.Node, targets: Sequence[str]) -> Non
         for target in targets:
             value = graph.call_module(target, (value,))
             value.meta["module_path"] = target
+    assert isinstance(value, fx.Node)
+    if "tensor_meta" in node.meta:
+        value.meta["tensor_meta"] = node.meta["tensor_meta"]
     node.replace_all_uses_with(value)
     graph.erase_node(node)
 
 
 def bypass(model: fx.GraphModule, node: fx.Node) -> None:
     """Remove `node`; its users read its first input."""
-    node.replace_all_uses_with(node.args[0])
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
     model.graph.erase_node(node)
 
 

@@ -55,7 +55,11 @@ def load(path: str | Path) -> nn.Module:
 def _model_file(path: Path) -> Path:
     file = path / "model.py" if path.is_dir() else path
     if not file.is_file():
-        looked = f"a file {file}" if path.is_dir() or path.suffix == ".py" else f"a folder with model.py, or a file, at {path}"
+        looked = (
+            f"a file {file}"
+            if path.is_dir() or path.suffix == ".py"
+            else f"a folder with model.py, or a file, at {path}"
+        )
         raise ModelError(
             f"there is no model to load: looked for {looked}",
             fix="give the folder of a finished run, or the path of a model.py",
@@ -95,16 +99,22 @@ def _read(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return load_file(str(file))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{file.name} can only be read by running code that it contains ({_short(error)})",
-            at=str(file),
-            fix="where you trust it, load it yourself and save with safetensors.torch.save_file(model.state_dict(), path)",
-        ) from error
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(file, error):
+            raise ModelError(
+                f"{file.name} can only be read by running code that it contains",
+                at=str(file),
+                fix="if you trust it: load it yourself, then safetensors.torch.save_file(model.state_dict(), path)",
+            ) from error
         raise ModelError(
-            f"{file.name} is damaged or no weights file: {_short(error)}", at=str(file), fix="fetch or save it again"
+            f"{file.name} is damaged or no weights file", at=str(file), fix="fetch or save it again"
         ) from error
+
+
+def _is_pickle(file: Path, error: Exception) -> bool:
+    """Whether the file is a sound pickle that names something to call."""
+    with file.open("rb") as stream:
+        return "global" in str(error).lower() or stream.read(1) == b"\x80"
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
@@ -113,7 +123,9 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
             content = content[key]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return {str(name): tensor for name, tensor in content.items()}
-    found = f"keys {_listed([str(k) for k in content])}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    found = (
+        f"keys {_listed([str(k) for k in content])}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    )
     raise ModelError(
         f"{file.name} holds no state_dict but {found}", at=str(file), fix="save model.state_dict() and nothing else"
     )

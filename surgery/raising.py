@@ -87,7 +87,8 @@ def _normalisation(kind: str) -> Rule:
     def rule(a: Arguments, owner: nn.Module | None, value: Callable[[Any], Tensor]) -> Raised:
         roles = {name: a[name] for name in ("weight", "bias", "running_mean", "running_var")}
         some = next(ref for ref in roles.values() if ref is not None)
-        rank = a["input"].meta["val"].ndim
+        meta = a["input"].meta
+        rank = len((meta["val"] if "val" in meta else meta["tensor_meta"]).shape)
         options = {
             "num_features": value(some).shape[0],
             "eps": a["eps"],

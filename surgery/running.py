@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import InputError
-from .export.names import named_inputs, named_outputs
 from .export.runtime import OnnxModel
+from .export.tensor_names import named_inputs, named_outputs
 from .inputs import Inputs
 from .tracing import evaluating
 
@@ -25,7 +25,7 @@ Run = Callable[[Any], list[Tensor]]
 def running(model: Model, *, signature: Model | None = None, device: str = "cpu") -> Iterator[Run]:
     """`model` as a function of a batch: a tensor, a tuple or a dict of arguments, or `Inputs`.
 
-    A module runs in eval mode on `device`, as a copy if it lives elsewhere, and never sees the batch itself but a clone.
+    A module runs in eval mode on `device`, as a copy if it lives elsewhere, and is given a clone of the batch.
     An ONNX file knows its inputs by name alone; `signature`, a module with the same arguments, says which is which.
     """
     if isinstance(model, OnnxModel):
@@ -37,15 +37,16 @@ def running(model: Model, *, signature: Model | None = None, device: str = "cpu"
 
 
 def batches_of(data: Any, labelled: bool) -> Iterator[tuple[Any, Any]]:
-    """`(inputs, target)` of every batch; the target is None without labels. A lone tensor is one batch.
+    """`(inputs, target)` of every batch, target None without labels. A lone tensor, dict or `Inputs` is one batch.
 
     Raises:
         InputError: there are no batches, or they are not what `labelled` says.
     """
+    data = [data] if isinstance(data, Tensor | Mapping | Inputs) else data
     if not isinstance(data, Iterable):
         raise InputError(f"data is {type(data).__name__}, not an iterable of batches", fix="give a list of batches")
     empty = True
-    for batch in [data] if isinstance(data, Tensor) else data:
+    for batch in data:
         empty = False
         if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise InputError(f"a labelled batch is {type(batch).__name__}", fix="give pairs (inputs, target)")
@@ -56,8 +57,9 @@ def batches_of(data: Any, labelled: bool) -> Iterator[tuple[Any, Any]]:
 
 def batch_size(batch: Any) -> int:
     """Leading size of the first tensor in `batch`; 1 where there is none."""
-    leaves = [batch] if isinstance(batch, Tensor) else batch.tensors if isinstance(batch, Inputs) else tree_leaves(batch)
-    return next((int(t.shape[0]) for t in leaves if isinstance(t, Tensor) and t.ndim), 1)
+    if isinstance(batch, Inputs):
+        return batch.batch_size
+    return next((int(t.shape[0]) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
 
 
 def _run_module(model: nn.Module, batch: Any, device: str) -> list[Tensor]:

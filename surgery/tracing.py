@@ -19,8 +19,8 @@ _LOGGERS = ("torch", "onnxscript", "onnx_ir")
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the body with `model` in eval mode and without gradients; every module gets back the mode it had.
 
-    Attention takes its plain path, the only one that can be exported and counted. The mode is set on each module and not
-    through `model.eval()`, whose overrides may do more than can be undone.
+    Attention takes its plain path, the only one that can be exported and counted. The mode is set on each module
+    and not through `model.eval()`, whose overrides may do more than can be undone.
     """
     modes = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -38,7 +38,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps from the user's terminal what torch's and ONNX's exporters warn, log, and print to stderr when they fail."""
+    """Keeps from the user's terminal what the exporters of torch and ONNX warn, log, and print when they fail."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     try:

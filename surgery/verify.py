@@ -1,4 +1,4 @@
-"""The proof of an operation, two questions that are never mixed: fidelity to the original, parity of what is shipped."""
+"""The proof of an operation, two questions never mixed: fidelity to the original, parity of what is shipped."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _loaded(model: Model | str | os.PathLike[str]) -> Model:
         return runtime_session(model)
     from .load import load
 
-    return load(model)
+    return load(Path(model))
 
 
 def _exported(model: nn.Module, batch: Any, stack: ExitStack) -> Path:
@@ -122,7 +122,10 @@ def _contests(
     bound = budget.parity if budget else None
     for provider in (CPU, CUDA):
         if provider in onnxruntime.get_available_providers():
-            yield OnnxContest.of(model, file, provider, bound), running(runtime_session(file, [provider]), signature=model)
+            yield (
+                OnnxContest.of(model, file, provider, bound),
+                running(runtime_session(file, [provider]), signature=model),
+            )
     if torch.cuda.is_available():
         yield Contest("PyTorch cuda", bound or bound_of(model) * CUDA_FACTOR), running(model, device="cuda")
 
@@ -153,7 +156,9 @@ def _losses(measured: Fidelity, budget: Budget | None) -> Iterator[str]:
 
 def _difference(run: Parity) -> str:
     place = f", first at {run.first_divergence.node} in {run.first_divergence.module!r}" if run.first_divergence else ""
-    return f"{run.runtime} is off by {run.relative_error:.3g} of the largest output, the bound is {run.bound:.3g}{place}"
+    return (
+        f"{run.runtime} is off by {run.relative_error:.3g} of the largest output, the bound is {run.bound:.3g}{place}"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import capture
+from surgery.capture import capture
 from surgery.errors import InputError
 from surgery.measure import latency, measure
 

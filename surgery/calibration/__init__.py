@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .collect import Statistics, Want
 from .compare import Aim
-from .moments import Cross, Moments
+from .moments import Moments, Regression
 from .ranges import Histogram, Range
 from .service import Calibration
 
-__all__ = ["Aim", "Calibration", "Cross", "Histogram", "Moments", "Range", "Statistics", "Want"]
+__all__ = ["Aim", "Calibration", "Histogram", "Moments", "Range", "Regression", "Statistics", "Want"]

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PluginError
-from ..graph import Layer
-from .moments import Cross, Scatter
+from ..graph import Layer, shape
+from .moments import Regression, Scatter
 from .unfolding import can_unfold, channel_dim, groups_and_features, output_rows, unfold
 
 
@@ -29,7 +29,7 @@ class Aim:
 
 
 class Comparison:
-    """Adds up `Cross` for one layer, one aim per call."""
+    """Adds up `Regression` for one layer, one aim per call."""
 
     def __init__(self, layer: Layer, aims: Sequence[Aim]) -> None:
         if not can_unfold(layer.module):
@@ -63,8 +63,8 @@ class Comparison:
                 f"{self.layer.name}: the target {aim.target} has another shape, {tuple(target.shape)}, than its output"
             )
 
-    def finish(self) -> Cross:
-        return Cross.of(self._joint.finish(), groups_and_features(self.layer.module)[1])
+    def finish(self) -> Regression:
+        return Regression.of(self._joint.finish(), groups_and_features(self.layer.module)[1])
 
 
 def _target(aim: Aim, own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int) -> Tensor:
@@ -76,8 +76,22 @@ def _target(aim: Aim, own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], c
     return value
 
 
-def counterpart(original: fx.GraphModule, node: fx.Node) -> str | None:
-    """Name of the original's node that `node` stands for: what a user of both reads at the same place; or None."""
+def aim_of(original: fx.GraphModule, node: fx.Node) -> Aim | None:
+    """See `Calibration.aim`."""
+    target = counterpart(original, node)
+    if target is None:
+        return None
+    user = next(iter(node.users))
+    if len(node.users) == 1 and user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+        shortcut = [value for value in user.all_input_nodes if value is not node]
+        total = counterpart(original, user)
+        if len(shortcut) == 1 and total and shape(total) == shape(target):
+            return Aim(total.name, (shortcut[0].name,))
+    return Aim(target.name)
+
+
+def counterpart(original: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The original's node that `node` stands for: what a user of both reads at the same place; or None."""
     originals = {n.name: n for n in original.graph.nodes}
     for user in node.users:
         twin = originals.get(user.name)
@@ -85,5 +99,5 @@ def counterpart(original: fx.GraphModule, node: fx.Node) -> str | None:
             continue
         for own, theirs in zip(tree_leaves(user.args), tree_leaves(twin.args), strict=False):
             if own is node and isinstance(theirs, fx.Node):
-                return theirs.name
+                return theirs
     return None

@@ -33,7 +33,7 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """E[x xᵀ] (groups, features, features)."""
-        return self.required_covariance + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
+        return self.full_covariance + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
 
     @property
     def power(self) -> Tensor:
@@ -41,35 +41,25 @@ class Moments:
         return self.variance + self.mean.square()
 
     @property
-    def required_covariance(self) -> Tensor:
+    def full_covariance(self) -> Tensor:
+        """`covariance`, which must have been asked for."""
         assert self.covariance is not None, "ask for 'gram'"
         return self.covariance
 
-    def bias_correction(self, before: Tensor, after: Tensor) -> Tensor:
-        """(groups, outputs): what to add to the bias so that replacing W `before` by `after` leaves the mean output."""
-        return ((before - after).double() @ self.mean.unsqueeze(2)).squeeze(2)
-
-    def output_error(self, before: Tensor, after: Tensor, bias_change: Tensor | None = None) -> float:
-        """√(E‖y - y'‖² / E‖y - E y‖²) for y = W x, y' = W' x + `bias_change`; W (groups, outputs, features).
-
-        0 = no error, 1 = no better than predicting the mean output.
-        """
-        difference = (before - after).double()
-        shift = self.bias_correction(before, after)
-        offset = shift if bias_change is None else shift - bias_change.double()
-        return relative_root(self.spread(difference) + float(offset.square().sum()), self.spread(before.double()))
-
-    def spread(self, weight: Tensor) -> float:
-        """E‖W(x - E x)‖², summed over outputs."""
-        return max(0.0, float(((weight @ self.required_covariance) * weight).sum()))
+    def regression(self, weight: Tensor, bias: Tensor | None) -> Regression:
+        """The task of computing W x + b of these rows x; W (groups, outputs, features), b (groups, outputs)."""
+        w = weight.detach().double().cpu()
+        y_mean = _times(w, self.mean) + (0 if bias is None else bias.detach().double().cpu())
+        yx = w @ self.full_covariance
+        return Regression(self.count, self.mean, y_mean, self.full_covariance, yx, (yx * w).sum(2))
 
 
 @dataclass(frozen=True)
-class Cross:
-    """Moments of a layer's unfolded input x and of the target y its output should meet, per group.
+class Regression:
+    """The task of predicting targets y from rows x by W x + b, in moments, per group.
 
     Means (groups, features) and (groups, outputs); covariances xx (groups, features, features), yx (groups, outputs,
-    features) and yy (groups, outputs, outputs).
+    features) and the variances y_variance (groups, outputs).
     """
 
     count: int
@@ -77,42 +67,45 @@ class Cross:
     y_mean: Tensor
     xx: Tensor
     yx: Tensor
-    yy: Tensor
+    y_variance: Tensor
 
     @classmethod
-    def of(cls, joint: Moments, features: int) -> Cross:
+    def of(cls, joint: Moments, features: int) -> Regression:
         """From the moments of rows [x, y]."""
-        mean, c, f = joint.mean, joint.required_covariance, features
-        return cls(joint.count, mean[:, :f], mean[:, f:], c[:, :f, :f], c[:, f:, :f], c[:, f:, f:])
+        mean, c, f = joint.mean, joint.full_covariance, features
+        return cls(joint.count, mean[:, :f], mean[:, f:], c[:, :f, :f], c[:, f:, :f], joint.variance[:, f:])
 
-    def solve(self, towards: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """Weight (groups, outputs, features) and bias (groups, outputs) with the least E‖y - W x - b‖² + λ‖W -
-        `towards`‖².
+    def solve(self, towards: Tensor, ridge: float = 1e-6) -> Tensor:
+        """W (groups, outputs, features) with the least E‖y - W x - b‖² + λ‖W - `towards`‖² for the best b.
 
-        λ is `ridge` times the mean variance of the features (> 0), so that directions which the data does not show keep
+        λ is `ridge` > 0 times the mean variance of the features, so that directions which the data does not show keep
         the weight they have.
         """
-        start = towards.double()
-        scale = self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-        damping = torch.diag_embed((ridge * scale).unsqueeze(1).expand(-1, self.xx.shape[1]))
-        rest = self.yx - start @ self.xx
-        weight = start + torch.linalg.solve(self.xx + damping, rest, left=False)
-        return weight, self.y_mean - (weight @ self.x_mean.unsqueeze(2)).squeeze(2)
+        start = towards.detach().double().cpu()
+        damping = ridge * self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-100)
+        damped = self.xx + torch.diag_embed(damping.unsqueeze(1).expand(-1, self.xx.shape[1]))
+        change: Tensor = torch.linalg.solve(damped, self.yx - start @ self.xx, left=False)
+        return start + change
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """√(E‖y - W x - b‖² / E‖y - E y‖²): 0 = none, 1 = no better than predicting the mean."""
-        w = weight.double()
-        total = float(self.yy.diagonal(dim1=1, dim2=2).sum())
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best b (groups, outputs) for W: the mean output is then the mean target."""
+        return self.y_mean - _times(weight.detach().double().cpu(), self.x_mean)
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """√(E‖y - W x - b‖² / E‖y - E y‖²): 0 = no error, 1 = no better than predicting the mean target."""
+        w = weight.detach().double().cpu()
+        offset = self.bias(w) - (0 if bias is None else bias.detach().double().cpu())
+        total = float(self.y_variance.sum())
         rest = total - 2 * float((w * self.yx).sum()) + float(((w @ self.xx) * w).sum())
-        offset = self.y_mean - (w @ self.x_mean.unsqueeze(2)).squeeze(2) - bias.double()
-        return relative_root(max(0.0, rest) + float(offset.square().sum()), total)
+        error = max(0.0, rest) + float(offset.square().sum())
+        if total > 0:
+            return math.sqrt(error / total)
+        return math.inf if error > 0 else 0.0
 
 
-def relative_root(error: float, reference: float) -> float:
-    """√(error / reference); infinite where only the reference is 0."""
-    if reference <= 0:
-        return 0.0 if error <= 0 else math.inf
-    return math.sqrt(error / reference)
+def _times(weight: Tensor, vector: Tensor) -> Tensor:
+    """W (groups, outputs, features) times (groups, features)."""
+    return (weight @ vector.unsqueeze(2)).squeeze(2)
 
 
 class Scatter:

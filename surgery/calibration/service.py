@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -25,9 +25,10 @@ from ..inputs import Inputs
 from ..tracing import evaluating
 from .batches import checked_batches
 from .collect import Collector, Gatherer, Item, Statistics, Values, Want, gram_bytes, placed
-from .compare import Aim, Comparison, counterpart
-from .moments import Cross
+from .compare import Aim, Comparison, aim_of
+from .moments import Regression
 
+AnyItem = TypeVar("AnyItem", bound=Item)
 _Known = dict[tuple[bool, str], Statistics]
 
 
@@ -57,8 +58,8 @@ class Calibration:
         return {item.name: statistics for item, statistics in self.stream(model, items, want)}
 
     def stream(
-        self, model: CapturedModel, items: Iterable[Item], want: Sequence[Want]
-    ) -> Iterator[tuple[Item, Statistics]]:
+        self, model: CapturedModel, items: Iterable[AnyItem], want: Sequence[Want]
+    ) -> Iterator[tuple[AnyItem, Statistics]]:
         """Each layer or node of `model` with its statistics. Edit the model after the last one came, not before.
 
         `want`: `gram` (covariance and mean of the unfolded input), `mean` (mean and variance of it), `moments` (of the
@@ -87,19 +88,18 @@ class Calibration:
 
     def compare(
         self, model: CapturedModel, layers: Iterable[Layer], aims: Mapping[str, Sequence[Aim]] | None = None
-    ) -> dict[str, Cross]:
-        """Original and `model` side by side on the same batches: each layer's input in `model` with its target, by
-        name.
+    ) -> dict[str, Regression]:
+        """Original and `model` side by side on the same batches: each layer's input with its target, by name.
 
-        `aims` gives one target per call for layers by name; the others aim at their `counterpart` in the original. All
-        the covariances are held at once and none is cached.
+        `aims` gives one target per call for layers by name; the others have those of `aim`. All the covariances are
+        held at once and none is cached.
 
         Raises:
             InputError: as for `stream`.
-            PluginError: a layer has no counterpart, or its target another shape than its output.
+            PluginError: a layer has no aim, or one of another shape than its output.
         """
         given = aims or {}
-        jobs = [Comparison(layer, given.get(layer.name) or self._default_aims(layer)) for layer in layers]
+        jobs = [Comparison(layer, given.get(layer.name) or self._aims(layer)) for layer in layers]
         here, there = placed(model, self.device), placed(self.original, self.device)
         own = Values(here, {name for job in jobs for name in job.sources})
         wanted = Values(there, {aim.target for job in jobs for aim in job.aims})
@@ -110,15 +110,19 @@ class Calibration:
                     job.add(own_values, wanted_values, self.chunk_bytes)
         return {job.layer.name: job.finish() for job in jobs}
 
-    def counterpart(self, node: fx.Node) -> str | None:
-        """Name of the original's node whose value `node` stands for, found through a user that both have; or None."""
-        return counterpart(self.original, node)
+    def aim(self, node: fx.Node) -> Aim | None:
+        """What `node` of an operated model should give to meet the original after it; None where that is not known.
 
-    def _default_aims(self, layer: Layer) -> list[Aim]:
-        names = [self.counterpart(node) for node in layer.nodes]
-        if None in names:
-            raise PluginError(f"{layer.name} has no counterpart in the original", fix="give its target as an Aim")
-        return [Aim(name) for name in names if name]
+        Found through a node that reads it in both. A value that is only added to a shortcut aims at the original's sum
+        less the operated shortcut, so that it also makes up for the shortcut's error.
+        """
+        return aim_of(self.original, node)
+
+    def _aims(self, layer: Layer) -> list[Aim]:
+        aims = [aim for aim in map(self.aim, layer.nodes) if aim]
+        if len(aims) < len(layer.nodes):
+            raise PluginError(f"the original has no value for the output of {layer.name}", fix="give its Aim")
+        return aims
 
     def _run(self, model: CapturedModel, items: Sequence[Item], want: Sequence[Want]) -> _Known:
         collectors = {_key(item): Collector(item, want, self.chunk_bytes) for item in items}
@@ -137,9 +141,9 @@ class Calibration:
             self.progress(what, number, total)
             yield inputs.to(self.device)
 
-    def _groups(self, items: Iterable[Item], want: Sequence[Want]) -> Iterator[list[Item]]:
+    def _groups(self, items: Iterable[AnyItem], want: Sequence[Want]) -> Iterator[list[AnyItem]]:
         """The items in order, cut where their covariances would pass the limit; one alone may pass it."""
-        group: list[Item] = []
+        group: list[AnyItem] = []
         held = 0
         for item in items:
             size = gram_bytes(item) if "gram" in want else 0

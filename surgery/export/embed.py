@@ -29,26 +29,26 @@ _KNOWN: dict[str, Any] = {
 
 
 @dataclass
-class Embedded:
+class _Embedded:
     """Definitions in the order in which they must stand."""
 
     definitions: list[str] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=dict)
 
 
-def embed(classes: Iterable[type[nn.Module]]) -> Embedded:
-    """Source of `classes` and of the functions, classes and plain constants of their modules that they use.
+def embed(classes: Iterable[type[nn.Module]]) -> list[str]:
+    """The source of `classes` and of what they use from their modules: functions, classes, plain constants; in order.
 
     Raises:
-        ExportError: a class without source, or one that uses anything but torch, nn, F, math, Tensor and its own module.
+        ExportError: a class without source, or one that uses more than torch, nn, F, math, Tensor and its module.
     """
-    result = Embedded()
+    result = _Embedded()
     for cls in sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)):
         _add(result, cls.__name__, cls, cls)
-    return result
+    return result.definitions
 
 
-def _add(result: Embedded, name: str, value: Any, cls: type[nn.Module]) -> None:
+def _add(result: _Embedded, name: str, value: Any, cls: type[nn.Module]) -> None:
     if name in result.names:
         if result.names[name] is not value:
             raise _not_alone(cls, f"shares the name {name} with another definition")
@@ -63,7 +63,7 @@ def _add(result: Embedded, name: str, value: Any, cls: type[nn.Module]) -> None:
         raise _not_alone(cls, f"has no source ({error})") from error
     scope = vars(sys.modules[value.__module__])
     for used in _free_names(ast.parse(text)):
-        if used in _KNOWN and scope.get(used) is _KNOWN[used] or used == value.__name__:
+        if used == value.__name__ or (used in _KNOWN and scope.get(used) is _KNOWN[used]):
             continue
         if used in scope and _own(scope[used], value.__module__):
             _add(result, used, scope[used], cls)

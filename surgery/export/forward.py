@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture import CapturedModel
 from .layout import Layout
-from .literals import literal
+from .literals import WIDTH, literal
 from .naming import Pattern, Statement, Values, bound_nodes, name_values
 from .signature import RESERVED, Arguments, Result
 from .spelling import spell
@@ -56,7 +56,12 @@ class Forward:
             yield from [f"del {', '.join(dead)}"] if dead else []
             previous = block
         self.base, self.base_text = "", "self"
-        yield f"return {self.result.text}"
+        yield f"return {self._returned()}"
+
+    def _returned(self) -> str:
+        text = self.result.text
+        bare = text[1:-1] if text.startswith("(") and not text.endswith(",)") else text
+        return bare if len(bare) < WIDTH - 20 else text
 
     def _grouped(self) -> Iterator[tuple[str, Statement]]:
         """Each statement with the block it belongs to; what belongs nowhere stays with the statement before it."""

@@ -1,7 +1,7 @@
 """The module tree as a person would write it in `__init__`, and how each part of it is then reached.
 
-Names that are identifiers become attributes (`self.layer1.conv`), others keys of an `nn.ModuleDict` (`self.layers["0"]`);
-where a key would clash with a method of `nn.ModuleDict`, the container is an `nn.Module` with `get_submodule("0")`.
+Names that are identifiers become attributes (`self.layer1.conv`), others keys of a ModuleDict (`self.layers["0"]`).
+Where a key would clash with a method of ModuleDict, the container is a plain Module with `get_submodule("0")`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Layout:
             if name not in self.layers and not any(parent in self.layers for parent in enclosing(name))
         }
         self.keyed = {name for name, module in self.containers.items() if _needs_keys(module)}
+        self.first_name = {module: name for name, module in model.named_modules()}
         self.sizes = dict.fromkeys(self.containers, 0)
         for layer in self.layers:
             for parent in enclosing(layer):
@@ -46,7 +47,8 @@ class Layout:
         """The container around `path` that reads as one block: an element of a list, or small; "" at the top level."""
         around = [name for name in (*reversed([*enclosing(path)]), path) if name in self.containers and name]
         for name, inner in itertools.pairwise(around):
-            if self.sizes[name] <= BLOCK and not (_is_list(self.containers[name]) and inner.rpartition(".")[2].isdigit()):
+            in_list = inner.rpartition(".")[2].isdigit() and _is_list(self.containers[name])
+            if self.sizes[name] <= BLOCK and not in_list:
                 return name
         return around[-1] if around else ""
 
@@ -69,6 +71,7 @@ class Layout:
         """The logical lines of `__init__` after `super().__init__()`, without indentation."""
         yield from self._container("", "", "self", self._frozen(""))
         if ties(self.model):
+            yield ""
             yield "self.tie_weights()"
 
     def _frozen(self, name: str) -> bool:
@@ -79,18 +82,22 @@ class Layout:
         """Content of the container `name`; `frozen` where all its parameters are, so that one line says it."""
         text = self.text(name, base, base_text)
         yield from _tensor_lines(self.containers[name], text, frozen)
+        below_block = False
         for key, child in self.containers[name]._modules.items():
             path = f"{name}.{key}" if name else key
-            if not name and path in self.containers:
+            is_block = not name and path in self.containers
+            if is_block or below_block:
                 yield ""
+            if is_block:
                 yield f"# {key}"
             assert child is not None
             yield from self._child(path, child, base, base_text, frozen)
+            below_block = is_block
         if frozen and not (name and self._frozen(name.rpartition(".")[0])):
             yield f"{text}.requires_grad_(False)"
 
     def _child(self, path: str, child: nn.Module, base: str, base_text: str, frozen: bool) -> Iterator[str]:
-        first = next(name for name, module in self.model.named_modules(remove_duplicate=False) if module is child)
+        first = self.first_name[child]
         if first != path:
             yield self._assign(path, self.text(first), base, base_text)
         elif path in self.layers:

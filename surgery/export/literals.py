@@ -12,7 +12,7 @@ from torch import fx
 
 WIDTH = 120
 
-_ATOMS = (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.Constant, ast.Tuple, ast.List, ast.Dict)
+_ATOMS = (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.Tuple, ast.List, ast.Dict)
 
 
 def literal(value: Any, operand: Callable[[Any], str] | None = None) -> str:
@@ -58,11 +58,10 @@ def quoted(text: str) -> str:
 def tight(text: str, tightest: bool = False) -> str:
     """`text` as an operand of an arithmetic operator, or (`tightest`) before a dot, a bracket or a power."""
     tree = ast.parse(text, mode="eval").body
-    if isinstance(tree, _ATOMS) and not (tightest and isinstance(tree, ast.Constant) and not isinstance(tree.value, str)):
-        return text
-    if isinstance(tree, ast.UnaryOp) and not tightest and isinstance(tree.operand, ast.Constant):
-        return text
-    return f"({text})"
+    if isinstance(tree, ast.Constant):
+        return f"({text})" if tightest and not isinstance(tree.value, str) else text
+    signed = isinstance(tree, ast.UnaryOp) and isinstance(tree.operand, ast.Constant) and not tightest
+    return text if signed or isinstance(tree, _ATOMS) else f"({text})"
 
 
 def wrap(text: str, indent: int, *, first: bool = False) -> list[str]:
@@ -73,10 +72,8 @@ def wrap(text: str, indent: int, *, first: bool = False) -> list[str]:
         return [line]
     start, end = pairs[0] if first else pairs[-1]
     body = text[start + 1 : end]
-    inner = " " * (indent + 4) + body
-    if len(inner) <= WIDTH:
-        lines = [inner]
-    else:
+    lines = [" " * (indent + 4) + body]
+    if len(lines[0]) > WIDTH:
         lines = [part for item in _items(body) for part in wrap(f"{item},", indent + 4)]
     return [line[: indent + start + 1], *lines, " " * indent + text[end:]]
 

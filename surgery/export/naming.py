@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
 
-from .spelling import is_scalar
+from .subscripts import is_scalar, rank
 
 # What a statement binds: one value, several of a tuple, nothing (None) at a place.
 Pattern = fx.Node | tuple["Pattern", ...] | None
@@ -63,48 +64,38 @@ class Values:
 
     def _is_statement(self, node: fx.Node) -> bool:
         is_call = node.op in ("call_function", "call_module")
-        return is_call and node in self.alive and node not in self.inline and not self._is_part(node)
-
-    def _is_part(self, node: fx.Node) -> bool:
-        """Whether an earlier statement bound this part of a tuple."""
-        return node in self.bound or node in self.alias
+        is_part = node in self.bound  # of a tuple that an earlier statement took apart
+        return is_call and node in self.alive and node not in self.inline and not is_part
 
     def _statement(self, node: fx.Node) -> Statement:
-        parts = self._parts(node)
+        parts = self._parts([node])
         if parts is not None and len(parts) == 1 and node.op == "call_function":
             ((index, items),) = parts.items()
             return Statement(node, self._bind(items), index)
-        return Statement(node, self._pattern(node, parts) if self.users[node] else None)
+        return Statement(node, self._pattern([node]) if self.users[node] else None)
 
-    def _pattern(self, node: fx.Node, parts: dict[int, list[fx.Node]] | None) -> Pattern:
-        count = _tuple_length(node)
+    def _pattern(self, nodes: list[fx.Node]) -> Pattern:
+        """What holds the value of `nodes`, which are the same part of a tuple: a name, or names for its own parts."""
+        parts, count = self._parts(nodes), _tuple_length(nodes[0])
         if parts is None or count is None or len(parts) > _UNPACKED or max(parts) >= count:
-            return self._bind([node])
-        return tuple(self._part(parts[i]) if i in parts else None for i in range(count))
+            return self._bind(nodes)
+        self.bound.update(nodes)
+        return tuple(self._pattern(parts[i]) if i in parts else None for i in range(count))
 
-    def _part(self, items: list[fx.Node]) -> Pattern:
-        inner = self._parts(items[0]) if len(items) == 1 else None
-        if inner is None:
-            return self._bind(items)
-        self.bound.add(items[0])
-        return self._pattern(items[0], inner)
+    def _bind(self, nodes: list[fx.Node]) -> fx.Node:
+        self.bound.update(nodes)
+        self.alias |= dict.fromkeys(nodes[1:], nodes[0])
+        return nodes[0]
 
-    def _bind(self, items: list[fx.Node]) -> fx.Node:
-        self.bound.add(items[0])
-        self.alias |= dict.fromkeys(items[1:], items[0])
-        return items[0]
-
-    def _parts(self, node: fx.Node) -> dict[int, list[fx.Node]] | None:
+    def _parts(self, nodes: list[fx.Node]) -> dict[int, list[fx.Node]] | None:
         """The `getitem` nodes by index, where nothing else reads the tuple."""
-        users = self.users[node]
-        if not users or _tuple_length(node) is None:
-            return None
-        if any(u.target is not operator.getitem or u.args[0] is not node or type(u.args[1]) is not int for u in users):
-            return None
-        ordered = sorted(users, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
-        grouped = itertools.groupby(ordered, key=lambda user: user.args[1])
-        parts = {index: list(group) for index, group in grouped if isinstance(index, int)}
-        return parts if min(parts) >= 0 else None
+        parts: dict[int, list[fx.Node]] = {}
+        for user in (user for node in nodes for user in self.users[node]):
+            index = user.args[1] if user.target is operator.getitem else None
+            if type(index) is not int or index < 0 or user.args[0] not in nodes:
+                return None
+            parts.setdefault(index, []).append(user)
+        return parts if parts and _tuple_length(nodes[0]) is not None else None
 
     def _reads(self, node: fx.Node) -> Iterator[fx.Node]:
         for argument in node.all_input_nodes:
@@ -125,7 +116,7 @@ def _alive(graph: fx.Graph) -> set[fx.Node]:
 
 def _tuple_length(node: fx.Node) -> int | None:
     meta = node.meta.get("tensor_meta")
-    return len(meta) if isinstance(meta, tuple | list) and not hasattr(meta, "shape") else None
+    return len(meta) if isinstance(meta, tuple | list) and not isinstance(meta, TensorMetadata) else None
 
 
 def bound_nodes(pattern: Pattern) -> list[fx.Node]:
@@ -187,9 +178,8 @@ def _size_name(node: fx.Node) -> str:
     dim = node.args[1]
     if dim == 0:
         return "batch"
-    meta = node.args[0].meta.get("tensor_meta") if isinstance(node.args[0], fx.Node) else None
-    rank = len(meta.shape) if hasattr(meta, "shape") else 0
-    return {(4, 2): "height", (4, 3): "width"}.get((rank, dim), "size") if isinstance(dim, int) else "size"
+    names = {(4, 2): "height", (4, 3): "width"}
+    return names.get((rank(node.args[0]) or 0, dim), "size") if isinstance(dim, int) else "size"
 
 
 def _keep_soon_reused(values: Values, bindings: dict[str, list[int]]) -> None:

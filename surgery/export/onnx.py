@@ -13,32 +13,31 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
-from onnxscript import optimizer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
 from ..capture import CapturedModel
-from ..errors import ExportError
+from ..deviation import Deviation
+from ..errors import ExportError, ModelError
 from ..inputs import Inputs
 from ..tracing import evaluating, first_line, quiet, user_line
-from .names import fresh, named_inputs, named_outputs, unique
+from .tensor_names import named_inputs, named_outputs, unique
+from .tidy import tidy
 
 OPSET = 18
 MAX_PROTO_BYTES = 2**31 - 2**20
 """A protobuf message ends at 2 GiB, the weights and a little more; larger weights go into a second file."""
-FOLDING_MAY_ADD_BYTES = 2**10
-VECTOR_MAY_ADD_BYTES = 2**16
+SAME = 1e-3
+"""Relative error of a program that computes the same; rounding stays far below, another branch far above."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,19 @@ def trace_onnx(
     model = _on_cpu(model)
     if wanted is not False:
         try:
-            return _trace(model, example.with_batch(max(2, example.batch_size)), opset, dynamic=True)
+            return _trace(model, example, opset, dynamic=True)
         except ExportError:
             if wanted:
                 raise
     return _trace(model, example, opset, dynamic=False)
+
+
+def arguments(program: ExportedProgram, inputs: Inputs) -> list[Tensor]:
+    """Everything that a traced program's graph takes: weights and the tensors of `inputs`, in its order."""
+    tensors = iter(inputs.tensors)
+    weights = {**program.state_dict, **program.constants}
+    specs = program.graph_signature.input_specs
+    return [next(tensors) if spec.target is None else weights[spec.target] for spec in specs]
 
 
 class _Flat(nn.Module):
@@ -122,21 +129,19 @@ class _Flat(nn.Module):
         return named_outputs(self.model(*inputs.args, **inputs.kwargs))
 
 
-def _trace(model: nn.Module, example: Inputs, opset: int, *, dynamic: bool) -> OnnxTrace:
-    flat, batch = _Flat(model, example), example.batch_size
+def _trace(model: nn.Module, sample: Inputs, opset: int, *, dynamic: bool) -> OnnxTrace:
+    batch = max(2, sample.batch_size) if dynamic else sample.batch_size
+    example = sample.with_batch(batch)
     shapes = tuple({0: Dim.AUTO} if dynamic and t.ndim and t.shape[0] == batch else {} for t in example.tensors)
     with evaluating(model), quiet():
-        program = _export(flat, shapes)
-        if dynamic and not _is_dynamic(program):
-            raise ExportError(
-                f"{type(model).__name__} computes with a fixed batch size of {batch}",
-                fix="export with dynamic_batch=False, or take the batch size from the input in forward",
-            )
+        program = _export(_Flat(model, example), shapes)
+        if dynamic:
+            _check_batch(model, program, sample)
         try:
             result: Any = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, opset_version=opset)
-        except Exception as error:  # noqa: BLE001 - the exporter's own classes are private
+        except Exception as error:  # the exporter's own classes are private
             raise _untranslatable(model, error) from error
-        _finish(result.model, unique([*named_inputs(model, example), *_output_names(program)]))
+        tidy(result.model, unique([*named_inputs(model, example), *_output_names(program)]))
     return OnnxTrace(result.model, result.exported_program, example)
 
 
@@ -144,7 +149,7 @@ def _export(flat: _Flat, shapes: tuple[dict[int, Any], ...]) -> ExportedProgram:
     try:
         tensors = tuple(flat.example.tensors)
         program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
-    except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+    except Exception as error:  # whatever the user's forward raises
         raise ExportError(
             f"torch.export cannot follow {type(flat.model).__name__}: {first_line(error)}",
             at=user_line(error),
@@ -153,6 +158,27 @@ def _export(flat: _Flat, shapes: tuple[dict[int, Any], ...]) -> ExportedProgram:
     if not _output_names(program):
         raise ExportError(f"{type(flat.model).__name__} returns no tensor", fix="return the tensors to be exported")
     return program
+
+
+def _check_batch(model: nn.Module, program: ExportedProgram, sample: Inputs) -> None:
+    """The batch is open, and what was traced with two samples holds for one: a model may tell them apart."""
+    if not (_is_dynamic(program) and (sample.batch_size > 1 or _holds(model, program, sample))):
+        raise ExportError(
+            f"{type(model).__name__} computes differently with another batch size",
+            fix="export with dynamic_batch=False, or take the batch size from the input in forward",
+        )
+
+
+def _holds(model: nn.Module, program: ExportedProgram, sample: Inputs) -> bool:
+    if isinstance(model, CapturedModel):  # capture compared it at several batch sizes
+        return True
+    inputs, deviation = sample.clone(), Deviation()
+    expected = named_outputs(model(*inputs.args, **inputs.kwargs))
+    try:
+        deviation.add(list(expected.values()), fx.Interpreter(program.graph_module).run(*arguments(program, sample)))
+    except ModelError:  # other shapes
+        return False
+    return deviation.relative_error < SAME
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
@@ -181,75 +207,6 @@ def _untranslatable(model: nn.Module, error: BaseException) -> ExportError:
 def _on_cpu(model: nn.Module) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     return model if all(t.device.type == "cpu" for t in tensors) else copy.deepcopy(model).cpu()
-
-
-def _finish(model: ir.Model, names: list[str]) -> None:
-    """Folds constants, merges equal weights, names inputs and outputs, and drops what tells of this machine."""
-    optimizer.optimize_ir(model, should_fold=_may_fold)
-    _make_contiguous(model.graph)
-    common.DeduplicateHashedInitializersPass()(model)
-    for name, weight in list(model.graph.initializers.items()):
-        weight.name = name.removeprefix("model.")
-    _rename([*model.graph.inputs, *model.graph.outputs], names, model.graph)
-    _name_batch(model.graph)
-    common.ClearMetadataAndDocStringPass()(model)
-    for value in _values(model.graph):
-        value.metadata_props.clear()
-        value.doc_string = None
-    model.graph.metadata_props.clear()
-
-
-def _may_fold(node: ir.Node) -> bool | None:
-    """False where the result is larger than the constants it replaces, such as weights looked up in a codebook.
-
-    Vectors may grow, since biases are made by expanding a zero, and fusing them needs their values.
-    """
-    constants = {v for v in node.inputs if v is not None and v.const_value is not None and len(v.uses()) == 1}
-    before = sum(v.const_value.nbytes for v in constants if v.const_value is not None)
-    after = sum(_bytes(value) for value in node.outputs)
-    is_vector = node.op_type != "Range" and all(v.shape is not None and v.shape.rank() <= 1 for v in node.outputs)
-    return False if after > before + (VECTOR_MAY_ADD_BYTES if is_vector else FOLDING_MAY_ADD_BYTES) else None
-
-
-def _bytes(value: ir.Value) -> float:
-    if value.shape is None or value.dtype is None or not value.shape.is_static():
-        return 0
-    return prod(value.shape.numpy()) * value.dtype.itemsize
-
-
-def _make_contiguous(graph: ir.Graph) -> None:
-    """Folded transposes are views, which cannot be hashed."""
-    for name, value in graph.initializers.items():
-        if isinstance(value.const_value, ir.Tensor) and not value.const_value.numpy().flags.c_contiguous:
-            value.const_value = ir.tensor(value.const_value.numpy().copy(order="C"), value.dtype, name=name)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
-
-
-def _rename(values: list[ir.Value], names: list[str], graph: ir.Graph) -> None:
-    """Gives each value its name; another value that held it gives way."""
-    holders = {str(value.name): value for value in _values(graph)}
-    for name in names:
-        if name in holders:
-            holders[name].name = fresh(name, {*holders, *names})
-    for value, name in zip(values, names, strict=True):
-        value.name = name
-
-
-def _name_batch(graph: ir.Graph) -> None:
-    """Replaces torch's symbol for the batch, such as s77, by `batch` in every shape."""
-    leading = [value.shape[0] for value in graph.inputs if value.shape]
-    symbols = {str(dim.value) for dim in leading if isinstance(dim, ir.SymbolicDim)}
-    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in sorted(symbols)) or r"(?!)")
-    for value in _values(graph):
-        if value.shape is not None:
-            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-            value.shape = ir.Shape([pattern.sub("batch", dim) if isinstance(dim, str) else dim for dim in dims])
 
 
 def _write(model: ir.Model, target: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import torch
@@ -22,7 +21,7 @@ _ERRORS_ONLY = 3
 
 
 class OnnxModel:
-    """A session of ONNX Runtime. Called with `Inputs` or flat tensors, in order or by name, it returns flat CPU tensors."""
+    """A session of ONNX Runtime, called with `Inputs` or flat tensors, by order or name; returns flat CPU tensors."""
 
     def __init__(self, session: onnxruntime.InferenceSession, path: Path) -> None:
         self.session, self.path = session, path
@@ -40,7 +39,7 @@ class OnnxModel:
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in feed.items()}
         try:
             outputs = self.session.run(None, arrays)
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's classes derive from Exception alone
+        except Exception as error:  # ONNX Runtime's classes derive from Exception alone
             raise InputError(
                 f"ONNX Runtime refuses the inputs: {first_line(error)}", at=str(self.path), fix=self._signature()
             ) from error
@@ -75,7 +74,7 @@ def runtime_session(
             _options(threads),
             providers=[(provider, _OPTIONS.get(provider, {})) for provider in wanted],
         )
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's classes derive from Exception alone
+    except Exception as error:  # ONNX Runtime's classes derive from Exception alone
         raise _refused(name, error) from error
     if session.get_providers()[0] != wanted[0]:
         raise ExportError(f"{wanted[0]} could not start, ONNX Runtime fell back to {session.get_providers()[0]}")

@@ -135,10 +135,12 @@ def _keys(spec: TreeSpec) -> list[Any] | None:
     context = spec.context
     if spec.type in (tuple, list):
         return None
-    for candidate in (context, context[0] if isinstance(context, tuple | list) and context else None):
-        if isinstance(candidate, list | tuple) and len(candidate) == spec.num_children:
-            if spec.type in (dict, OrderedDict) or all(isinstance(key, str) for key in candidate):
-                return list(candidate)
+    inner = context[0] if isinstance(context, tuple | list) and context else None
+    for candidate in (context, inner):
+        if not isinstance(candidate, list | tuple) or len(candidate) != spec.num_children:
+            continue
+        if spec.type in (dict, OrderedDict) or all(isinstance(key, str) for key in candidate):
+            return list(candidate)
     return None
 
 

@@ -6,6 +6,7 @@ The source calls the very operators of the graph, so its outputs are those of th
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..capture import RELATIVE_BOUND, CapturedModel
+from ..capture import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
-from ..errors import ExportError, SurgeryError
+from ..errors import ExportError, ModelError
 from ..load import load
-from .embed import Embedded, embed
+from .embed import embed
 from .forward import Forward
 from .layout import Layout, class_text, ties
-from .literals import literal, quoted, wrap
+from .literals import quoted, wrap
 
 _LOAD = '''\
 def load(folder: str | Path | None = None) -> Model:
@@ -75,8 +76,10 @@ def source(model: CapturedModel, *, name: str = "model", header: Mapping[str, st
         *_LOAD.format(file=f"{name}.safetensors", quoted=quoted(f"{name}.safetensors")).splitlines(),
         *_load_lines(model, layout),
     ]
-    definitions = [line for text in (*_named_tuples(forward), *embedded.definitions) for line in (*text.splitlines(), "", "")]
-    imports = _imports(forward, embedded, "\n".join([*definitions, *body]))
+    definitions: list[str] = []
+    for text in (*_named_tuples(forward), *embedded):
+        definitions += [*text.splitlines(), "", ""]
+    imports = _imports(forward, "\n".join([*definitions, *body]))
     lines = [*_docstring(model, name, header or {}), "", *imports, "", "", *definitions, *body]
     return "\n".join(lines) + "\n"
 
@@ -89,9 +92,10 @@ def _docstring(model: CapturedModel, name: str, header: Mapping[str, str]) -> It
     yield ""
     for place, tensor in model.inputs.named_tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
-        batch = "batch" if model.dynamic_batch and tensor.ndim else None
-        size = [batch or str(tensor.shape[0]) if i == 0 else str(s) for i, s in enumerate(tensor.shape)]
-        yield f"Input {_clean(place)}: {kind} ({', '.join(size)})."
+        size = [str(s) for s in tensor.shape]
+        if model.dynamic_batch and tensor.ndim and tensor.shape[0] == model.inputs.batch_size:
+            size[0] = "batch"
+        yield f"Input {_clean(place)}: {kind} ({', '.join(size)})"
     yield from (f"{_clean(key)}: {_clean(value)}" for key, value in header.items())
     yield '"""'
 
@@ -101,14 +105,15 @@ def _clean(text: object) -> str:
     return str(text).replace("\\", "/").replace('"""', "'''").replace("\n", " ").rstrip('"')
 
 
-def _imports(forward: Forward, embedded: Embedded, text: str) -> list[str]:
+def _imports(forward: Forward, text: str) -> list[str]:
     standard = [line for line in ("import math",) if "math." in text]
     standard += ["from collections import OrderedDict"] if forward.result.ordered else []
     standard += ["from pathlib import Path"]
     standard += ["from typing import NamedTuple"] if forward.result.classes else []
     torch_lines = ["import torch"]
     torch_lines += ["import torch.nn.functional as F"] if "F." in text else []
-    torch_lines += ["from safetensors.torch import load_file", f"from torch import {'Tensor, ' if 'Tensor' in text else ''}nn"]
+    torch_lines.append("from safetensors.torch import load_file")
+    torch_lines.append("from torch import Tensor, nn" if "Tensor" in text else "from torch import nn")
     if "torch.ops.quantized_decomposed" in text:
         torch_lines.append("from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers its operators)")
     return ["from __future__ import annotations", "", *standard, "", *torch_lines]
@@ -171,51 +176,43 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, under its first name."""
-    first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
-    return {name: t.detach().to("cpu").contiguous().clone() for name, t in _named_tensors(model) if first[id(t)] == name}
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in _named_tensors(model):
+        unique.setdefault(id(tensor), (name, tensor))
+    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in unique.values()}
 
 
 def _check(model: CapturedModel, path: Path) -> None:
     """Load what was written and compare it with the model; raises ExportError where they differ."""
+    remedy = "report this with the model"
     try:
         copy = load(path)
-        ours, theirs = list(model.state_dict()), list(copy.state_dict())
-        if ours != theirs:
-            raise ExportError(f"its state_dict has other keys: {sorted(set(ours) ^ set(theirs))[:5] or 'in another order'}")
         error = _deviation(model, copy)
-    except SurgeryError as problem:
-        raise ExportError(f"the source written does not load: {problem.problem}", fix="report this with the model") from problem
+    except (ModelError, RuntimeError, TypeError, NameError, AttributeError, IndexError) as problem:
+        raise ExportError(f"the source written does not run: {problem}", fix=remedy) from problem
+    if list(copy.state_dict()) != list(model.state_dict()):
+        raise ExportError("the state_dict of the source written has other keys", fix=remedy)
     if not error <= RELATIVE_BOUND:
-        raise ExportError(f"the source written deviates from the model by {error:.2e}", fix="report this with the model")
+        raise ExportError(f"the source written deviates from the model by {error:.2e}", fix=remedy)
 
 
 def _deviation(model: CapturedModel, copy: nn.Module) -> float:
     """Largest difference relative to the largest output on the example; 0 = bit-identical."""
     device = next((tensor.device for _, tensor in _named_tensors(model)), torch.device("cpu"))
     inputs, copy = model.inputs.to(device), copy.to(device)
-    flags = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected = tree_leaves(model.eval()(*inputs.args, **inputs.kwargs))
             actual = tree_leaves(copy(*inputs.args, **inputs.kwargs))
-    except Exception as error:
-        raise ExportError(f"it does not run: {type(error).__name__}: {error}") from error
     finally:
-        for module, flag in flags.items():
-            module.training = flag
-    if len(expected) != len(actual):
-        raise ExportError(f"it returns {len(actual)} values, the model {len(expected)}")
-    return max((_difference(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+        for module in training:
+            module.training = True
+    if [_kind(value) for value in actual] != [_kind(value) for value in expected]:
+        return math.inf
+    pairs = [(a, e) for a, e in zip(actual, expected, strict=True) if isinstance(e, Tensor)]
+    return max((relative_error(a, e) for a, e in pairs), default=0.0)
 
 
-def _difference(actual: Any, expected: Any) -> float:
-    if not isinstance(expected, Tensor):
-        return 0.0 if actual == expected else float("inf")
-    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
-    if torch.equal(actual, expected) or not expected.numel():
-        return 0.0
-    a, e = actual.double(), expected.double()
-    if not torch.equal(a.isnan(), e.isnan()):
-        return float("inf")
-    return float((a - e).nan_to_num().abs().max() / e.nan_to_num().abs().max().clamp_min(1e-30))
+def _kind(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else value

@@ -1,6 +1,6 @@
 """A captured model on disk, exactly and without pickle: what a run resumes from.
 
-    graph.json            modules by class and constructor arguments, tensors by name, nodes, structures of inputs and outputs
+    graph.json            modules by class and arguments, tensors by name, nodes, structure of inputs and outputs
     weights.safetensors   every parameter and buffer once; tied ones are named in graph.json
     inputs.safetensors    the example inputs
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-_OPERATORS = (
-    "getitem add sub mul floordiv truediv mod neg pos pow abs eq ne lt le gt ge and_ or_ xor not_ lshift rshift"
-).split()
+_OPERATORS = {
+    *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "pow", "abs", "lshift", "rshift"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "not_"),
+}
 _LIBRARIES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
 _TORCH_TYPES: dict[str, type] = {
     "dtype": torch.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
-from ..capture import CapturedModel, CaptureInfo
+from ..capture import CallCodeGen, CapturedModel, CaptureInfo
 from ..constructors import build, find_class, leaf_modules
 from ..errors import RunError
 from ..graph import propagate
@@ -26,9 +26,10 @@ from .form import (
     INPUTS,
     REMEDY,
     WEIGHTS,
-    Example,
     Document,
+    Example,
     ModuleRecord,
+    NodeRecord,
     Signature,
     TensorRecord,
     read_document,
@@ -49,14 +50,16 @@ def load_state(folder: str | Path) -> CapturedModel:
     layers = _restore_modules(model, document.modules, path)
     _restore_tensors(model, document.tensors, source)
     _check_complete(layers, path)
-    model.graph = _restore_graph(model, document, path)
+    graph = _restore_graph(model, document, path)
+    with _damage(path, "nodes"):
+        model.graph = graph
     with _damage(path, "inputs"):
         inputs = _restore_inputs(document.inputs, source / INPUTS)
     with _damage(path, "meta"):
         error = float(decode(document.capture.error))
         model.meta = {key: decode(value) for key, value in document.meta.items()}
     model.meta["capture"] = CaptureInfo(inputs, document.capture.dynamic_batch, tuple(document.capture.notes), error)
-    with _damage(path, "nodes"):
+    with _damage(path, "running it on the example inputs"):
         propagate(model.eval(), inputs)
     _set_training(model, document.modules)
     return model
@@ -70,7 +73,8 @@ def _damage(path: str, place: str) -> Iterator[None]:
     except RunError as error:
         raise RunError(error.problem, at=error.at or f"{path}, {place}", fix=error.fix or REMEDY) from error
     except Exception as error:
-        raise RunError(f"{type(error).__name__}: {error}", at=f"{path}, {place}", fix=REMEDY) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise RunError(f"the state is damaged: {reason}", at=f"{path}, {place}", fix=REMEDY) from error
 
 
 def _restore_modules(model: nn.Module, records: list[ModuleRecord], path: str) -> dict[str, nn.Module]:
@@ -181,15 +185,7 @@ def _restore_graph(model: nn.Module, document: Document, path: str) -> fx.Graph:
     layers, tensors = leaf_modules(model), {record.name for record in document.tensors}
     for i, record in enumerate(document.nodes):
         with _damage(path, f"nodes[{i}] {record.name!r}"):
-            target: Any = record.target
-            if record.op == "call_function":
-                target = decode_target(record.target)
-            elif (
-                record.op == "call_module" and target not in layers or record.op == "get_attr" and target not in tensors
-            ):
-                raise ValueError(f"{target!r} is no layer or tensor of this model")
-            elif record.op in ("placeholder", "output") and not target.isidentifier():
-                raise ValueError(f"{target!r} is no name")
+            target = _target(record, layers.keys(), tensors)
             args = tuple(decode(value, nodes) for value in record.args)
             kwargs = {key: decode(value, nodes) for key, value in record.kwargs.items()}
             node = graph.create_node(record.op, target, args, kwargs, name=record.name)
@@ -198,10 +194,22 @@ def _restore_graph(model: nn.Module, document: Document, path: str) -> fx.Graph:
             node.meta = {key: decode(value) for key, value in record.meta.items()}
             nodes[node.name] = node
     with _damage(path, "signature"):
-        graph.set_codegen(_PyTreeCodeGen(_restore_signature(document.signature, graph)))
+        graph.set_codegen(CallCodeGen(_restore_signature(document.signature, graph)))
     graph._graph_namespace._used_names |= set(document.used_names.gone)
     graph._graph_namespace._base_count = dict(document.used_names.counts)
     return graph
+
+
+def _target(record: NodeRecord, layers: Collection[str], tensors: Collection[str]) -> Any:
+    if record.op == "call_function":
+        return decode_target(record.target)
+    if record.op in ("call_module", "get_attr"):
+        known = record.target in (layers if record.op == "call_module" else tensors)
+    else:
+        known = record.target.isidentifier()
+    if not known:
+        raise ValueError(f"{record.target!r} is no name of a layer, tensor or input of this model")
+    return record.target
 
 
 def _restore_signature(record: Signature, graph: fx.Graph) -> _PyTreeInfo:
@@ -210,8 +218,8 @@ def _restore_signature(record: Signature, graph: fx.Graph) -> _PyTreeInfo:
     count = ops.count("placeholder")
     if ops[:count] != ["placeholder"] * count or ops.index("output") != len(ops) - 1:
         raise ValueError("inputs must come first and the one output last")
-    results = next(reversed(graph.nodes)).args[0]
-    if in_spec.num_leaves != count or out_spec.num_leaves != len(results):  # type: ignore[arg-type]
+    results: Any = next(reversed(graph.nodes)).args[0]
+    if in_spec.num_leaves != count or out_spec.num_leaves != len(results):
         raise ValueError("inputs or outputs do not match their structure")
     args, kwargs = in_spec.children()
     if [*record.names[args.num_children :]] != list(kwargs.context):

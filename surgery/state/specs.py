@@ -47,7 +47,7 @@ def loads(text: str) -> TreeSpec:
             if (cls := _find(name)) is not None:
                 _register(cls)
         return pytree.treespec_loads(text)
-    except (NotImplementedError, TypeError, KeyError, AttributeError, AssertionError) as error:
+    except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
         raise ValueError(f"no structure, or one of a class that is not imported here: {error}") from error
 
 

@@ -1,0 +1,145 @@
+"""Rewrite convolutions as a depthwise and a pointwise one.
+
+    before:  conv       (O, C, k)                    O C k parameters
+    after:   depthwise  (C m, 1, k), C groups        C m k
+             pointwise  (O, C m, 1)                  + O C m        k = product of the kernel, m = multiplier
+
+Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where the original had one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+import surgery
+from surgery import Edit, Pass, PassReport, RecipeError, Skip, hookimpl
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery import CapturedModel, Context, Layer, Moments, Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthwiseSeparable(Pass):
+    """Rewrite convolutions as a depthwise and a pointwise one.
+
+    MobileNets (Howard et al. 2017, arXiv:1704.04861, section 3.1). With calibration data the new weights minimise the
+    error of the layer's outputs, otherwise that of its weights. Either way the network usually wants training
+    afterwards, and with `norm_activation` it needs it.
+    """
+
+    multiplier: Annotated[int, Field(ge=1, description="depthwise kernels per input channel")] = 1
+    norm_activation: Annotated[bool, Field(description="BatchNorm and ReLU between the two, as in MobileNet")] = False
+    include_first: Annotated[bool, Field(description="rewrite the network's first convolution too")] = False
+    calibrate: Annotated[bool | None, Field(description="fit the outputs on data; null = when there is some")] = None
+    sequential: Annotated[
+        bool, Field(description="fit layer by layer, each to the original's outputs on its inputs by then; slower")
+    ] = False
+    iterations: Annotated[int, Field(ge=0, description="most rounds of the fit to the outputs")] = 50
+
+    def __post_init__(self) -> None:
+        if self.sequential and self.calibrate is False:
+            raise RecipeError(
+                "sequential: true fits the outputs, which calibrate: false forbids", at=f"pass {self.name()}"
+            )
+
+    def apply(self, model: CapturedModel, context: Context) -> PassReport:
+        if self.calibrate or self.sequential:
+            context.require_calibration(self.name())
+        convolutions = [layer for layer in surgery.layers(model) if layer.type.startswith("Conv")]
+        chosen, skips = [], []
+        for layer in self.selected(convolutions):
+            why = self._obstacle(model, layer, is_first=layer is convolutions[0])
+            if why:
+                skips.append(Skip(layer.name, why))
+            else:
+                chosen.append(layer)
+        rewrite = self._rewrite_in_turn if self.sequential else self._rewrite_at_once
+        return PassReport(tuple(rewrite(model, chosen, context)), tuple(skips))
+
+    def _obstacle(self, model: CapturedModel, layer: Layer, is_first: bool) -> str | None:
+        """Why `layer` is left as it is, or None."""
+        from .modules import parameters_after
+
+        module: Any = layer.module
+        if layer.type.startswith("ConvTranspose"):
+            return "transposed convolutions have no depthwise form here"
+        if module.groups > 1:
+            return f"already grouped ({module.groups} groups)"
+        if set(module.kernel_size) == {1}:
+            return "already pointwise: its kernel is 1"
+        if is_first and not self.include_first:
+            return "first convolution of the network (include_first: true rewrites it)"
+        before = sum(p.numel() for p in module.parameters())
+        after = parameters_after(module, self.multiplier, self.norm_activation)
+        return (
+            f"would not shrink: {before} parameters, {after} afterwards"
+            if after >= before
+            else surgery.tied(model, layer)
+        )
+
+    def _rewrite_at_once(self, model: CapturedModel, chosen: list[Layer], context: Context) -> list[Edit]:
+        """All layers from the statistics of the model as it was."""
+        if context.has_calibration:
+            found = context.calibration.stream(model, chosen, ("gram",))
+            made = [self._made(layer, _own_outputs(layer, statistics.unfolded)) for layer, statistics in found]
+        else:
+            made = [self._made(layer, None) for layer in chosen]
+        for layer, (parts, _) in zip(chosen, made, strict=True):
+            surgery.replace_layer(model, layer, parts)
+        return [edit for _, edit in made]
+
+    def _rewrite_in_turn(self, model: CapturedModel, chosen: list[Layer], context: Context) -> list[Edit]:
+        """Each layer on the inputs which the layers rewritten before it give, towards the original's outputs."""
+        edits = []
+        for number, layer in enumerate(chosen):
+            context.progress(self.name(), number, len(chosen))
+            parts, edit = self._made(layer, context.calibration.compare(model, [layer])[layer.name])
+            surgery.replace_layer(model, layer, parts)
+            edits.append(edit)
+        return edits
+
+    def _made(self, layer: Layer, task: Regression | None) -> tuple[dict[str, nn.Module], Edit]:
+        """The parts that take the layer's place, and the report of it."""
+        from torch import nn
+
+        from .modules import factored, norm_between
+
+        fits = task is not None and self.calibrate is not False
+        depthwise, pointwise, errors = factored(layer.module, self.multiplier, task, self.iterations if fits else None)
+        parts = {"depthwise": depthwise, "pointwise": pointwise}
+        if self.norm_activation:
+            errors.pop("output_error", None)  # ReLU changes it
+            norm = norm_between(depthwise, pointwise, task if fits else None)
+            parts = {"depthwise": depthwise, "norm": norm, "activation": nn.ReLU(), "pointwise": pointwise}
+        return parts, Edit(layer.name, self._described(layer, fits), {**errors, **_counts(layer, parts)})
+
+    def _described(self, layer: Layer, fits: bool) -> str:
+        module: Any = layer.module
+        near = ("what its outputs were" if self.sequential else "its outputs") if fits else "its weights"
+        norm = "BatchNorm, ReLU and " if self.norm_activation else ""
+        gains = ", which gains a bias" if fits and module.bias is None else ""
+        return f"depthwise {'x'.join(map(str, module.kernel_size))}, {norm}pointwise, fitted to {near}{gains}"
+
+
+def _own_outputs(layer: Layer, inputs: Moments) -> Regression:
+    """The task of giving the layer's own outputs on its own inputs."""
+    module: Any = layer.module
+    bias = None if module.bias is None else module.bias.unsqueeze(0)
+    return inputs.regression(module.weight.flatten(1).unsqueeze(0), bias)
+
+
+def _counts(layer: Layer, parts: dict[str, nn.Module]) -> dict[str, int]:
+    return {
+        "parameters_before": sum(p.numel() for p in layer.module.parameters()),
+        "parameters_after": sum(p.numel() for part in parts.values() for p in part.parameters()),
+    }
+
+
+@hookimpl
+def surgery_passes() -> list[type[Pass]]:
+    return [DepthwiseSeparable]

@@ -1,0 +1,85 @@
+"""An ONNX graph as torch's exporter leaves it, made small, readable, and free of traces of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from math import prod
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from .tensor_names import fresh
+
+FOLDING_MAY_ADD_BYTES = 2**10
+VECTOR_MAY_ADD_BYTES = 2**16
+
+
+def tidy(model: ir.Model, names: list[str]) -> None:
+    """Folds constants, merges equal weights, gives inputs and outputs their `names`, drops stack traces."""
+    optimizer.optimize_ir(model, should_fold=_may_fold)
+    _make_contiguous(model.graph)
+    common.DeduplicateHashedInitializersPass()(model)
+    for name, weight in list(model.graph.initializers.items()):
+        weight.name = name.removeprefix("model.")
+    _rename([*model.graph.inputs, *model.graph.outputs], names, model.graph)
+    _name_batch(model.graph)
+    common.ClearMetadataAndDocStringPass()(model)
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.graph.metadata_props.clear()
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """False where the result is larger than the constants it replaces, such as weights looked up in a codebook.
+
+    Vectors may grow, since biases are made by expanding a zero, and fusing them needs their values.
+    """
+    constants = {v for v in node.inputs if v is not None and v.const_value is not None and len(v.uses()) == 1}
+    before = sum(v.const_value.nbytes for v in constants if v.const_value is not None)
+    after = sum(_bytes(value) for value in node.outputs)
+    is_vector = node.op_type != "Range" and all(v.shape is not None and v.shape.rank() <= 1 for v in node.outputs)
+    return False if after > before + (VECTOR_MAY_ADD_BYTES if is_vector else FOLDING_MAY_ADD_BYTES) else None
+
+
+def _bytes(value: ir.Value) -> float:
+    if value.shape is None or value.dtype is None or not value.shape.is_static():
+        return 0
+    return prod(value.shape.numpy()) * value.dtype.itemsize
+
+
+def _make_contiguous(graph: ir.Graph) -> None:
+    """Folded transposes are views, which cannot be hashed."""
+    for name, value in graph.initializers.items():
+        if isinstance(value.const_value, ir.Tensor) and not value.const_value.numpy().flags.c_contiguous:
+            value.const_value = ir.tensor(value.const_value.numpy().copy(order="C"), value.dtype, name=name)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _rename(values: list[ir.Value], names: list[str], graph: ir.Graph) -> None:
+    """Gives each value its name; another value that held it gives way."""
+    holders = {str(value.name): value for value in _values(graph)}
+    for name in names:
+        if name in holders:
+            holders[name].name = fresh(name, {*holders, *names})
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Replaces torch's symbol for the batch, such as s77, by `batch` in every shape."""
+    leading = [value.shape[0] for value in graph.inputs if value.shape]
+    symbols = {str(dim.value) for dim in leading if isinstance(dim, ir.SymbolicDim)}
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in sorted(symbols)) or r"(?!)")
+    for value in _values(graph):
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape([pattern.sub("batch", dim) if isinstance(dim, str) else dim for dim in dims])

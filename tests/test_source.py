@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sample_models import MODELS, Sequence, build
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from surgery.capture import CapturedModel, capture
+from surgery.errors import ExportError, ModelError
+from surgery.export.source import export_source, source
+from surgery.graph import set_module
+from surgery.load import load
+
+# Runs where neither this SDK nor the models' classes can be imported.
+_ELSEWHERE = """
+import json, sys, types
+from pathlib import Path
+for name in ("surgery", "surgery_plugins", "surgery_recipes", "sample_models"):
+    sys.modules[name] = None
+import torch
+from torch.utils._pytree import tree_leaves
+folder = Path(sys.argv[1])
+for path in sorted(folder.iterdir()):
+    module = types.ModuleType("model")
+    module.__file__ = str(path / "model.py")
+    exec(compile((path / "model.py").read_text(), "model.py", "exec"), module.__dict__)
+    args, kwargs = torch.load(path / "inputs.pt", weights_only=True)
+    model = module.load()
+    assert not model.training
+    with torch.no_grad():
+        outputs = [v for v in tree_leaves(model(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+    model.train()
+    torch.manual_seed(3)
+    trained = [v for v in tree_leaves(model(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+    sum(v.double().square().mean() for v in trained).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    result = {"outputs": outputs, "trained": [v.detach() for v in trained], "grads": grads, "frozen": frozen,
+              "state": dict(model.state_dict()), "keys": list(model.state_dict())}
+    torch.save(result, path / "result.pt")
+"""
+
+
+def captured(name: str) -> CapturedModel:
+    return capture(*build(name))
+
+
+def tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every sample model exported, and run by an interpreter that knows only torch."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name in MODELS:
+        model = captured(name)
+        export_source(model, folder / name)
+        torch.save((model.inputs.args, model.inputs.kwargs), folder / name / "inputs.pt")
+    run = subprocess.run(
+        [sys.executable, "-I", "-W", "error", "-c", _ELSEWHERE, str(folder)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_source_alone_gives_bit_identical_outputs_and_gradients(exported: Path, name: str) -> None:
+    model = captured(name)
+    result = torch.load(exported / name / "result.pt", weights_only=True)
+    inputs = model.inputs
+    with torch.no_grad():
+        assert same(result["outputs"], tensors(model(*inputs.args, **inputs.kwargs)))
+    model.train()
+    torch.manual_seed(3)
+    trained = tensors(model(*inputs.args, **inputs.kwargs))
+    sum(v.double().square().mean() for v in trained).backward()
+    assert same(result["trained"], trained)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert list(result["grads"]) == list(grads)
+    assert same([*result["grads"].values()], [*grads.values()])
+    assert same([*result["state"].values()], [*model.state_dict().values()])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_source_keeps_state_dict_keys_and_frozen_parameters(exported: Path, name: str) -> None:
+    original, _ = build(name)
+    result = torch.load(exported / name / "result.pt", weights_only=True)
+    model = captured(name)
+    assert result["keys"] == list(model.state_dict())
+    assert set(result["keys"]) <= set(original.state_dict())
+    assert result["frozen"] == [n for n, p in model.named_parameters() if not p.requires_grad]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_source_keeps_the_structure_of_the_outputs(exported: Path, name: str) -> None:
+    model, inputs = captured(name), captured(name).inputs
+    expected = tree_map(lambda _: 0, model(*inputs.args, **inputs.kwargs))
+    actual = tree_map(lambda _: 0, load(exported / name)(*inputs.args, **inputs.kwargs))
+    assert repr(actual) == repr(expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_batch_size_works_where_the_captured_model_takes_it(exported: Path, name: str) -> None:
+    model = captured(name)
+    inputs = model.inputs.with_batch(5 if model.dynamic_batch else model.inputs.batch_size)
+    with torch.no_grad():
+        actual = load(exported / name)(*inputs.args, **inputs.kwargs)
+        assert same(tensors(actual), tensors(model(*inputs.args, **inputs.kwargs)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_source_is_formatted_and_free_of_lint(exported: Path, name: str) -> None:
+    ruff = [sys.executable, "-m", "ruff"]
+    path = str(exported / name / "model.py")
+    for command in (
+        ["format", "--isolated", "--line-length", "120", "--check"],
+        ["check", "--isolated", "--select", "F,I"],
+    ):
+        run = subprocess.run([*ruff, *command, path], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = export_source(captured("transformer"), tmp_path / "a", header={"recipe": "sha256:00"})
+    second = export_source(captured("transformer"), tmp_path / "b", header={"recipe": "sha256:00"})
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert "recipe: sha256:00" in first[0].read_text()
+
+
+def test_tied_weights_stay_tied_and_are_stored_once(exported: Path) -> None:
+    model = load(exported / "tied_head")
+    assert model.head.weight is model.embed.weight
+    size = (exported / "tied_head" / "model.safetensors").stat().st_size
+    assert size < 11 * 8 * 4 + 1000
+
+
+def test_two_models_load_side_by_side_and_leave_no_module_behind(exported: Path) -> None:
+    before = set(sys.modules)
+    first, second = load(exported / "residual"), load(exported / "shuffle" / "model.py")
+    assert type(first) is not type(second)
+    assert not [name for name in set(sys.modules) - before if "model" in name]
+
+
+def test_the_file_is_an_ordinary_module(exported: Path) -> None:
+    spec = importlib.util.spec_from_file_location("resnet_of_mine", exported / "residual" / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert isinstance(module.load(), module.Model)
+    assert isinstance(module.Model(), nn.Module)
+
+
+def test_it_reads_like_code_written_by_hand() -> None:
+    text = source(captured("residual"))
+    assert 'self.stem["0"] = nn.Conv2d(3, 8, 3, padding=1)\n' in text
+    assert "    def forward(self, image: Tensor) -> Tensor:\n" in text
+    assert '        block = self.layers["1"]\n        y = block.conv1(x)\n' in text
+    assert "        x = F.relu(x)\n" in text
+    assert "torch.ops" not in text
+
+
+def test_no_value_is_kept_longer_than_it_is_needed(tmp_path: Path) -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(40)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [layer(x) for layer in self.layers]
+            x = torch.stack(parts).sum(0)
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    text = source(capture(Growing(), torch.randn(2, 4)))
+    deleted = next(line for line in text.splitlines() if line.strip().startswith("del "))
+    assert len(deleted.split(",")) > 30
+
+
+class Scaled(nn.Module):
+    """A layer as a plugin defines it."""
+
+    def __init__(self, features: int, factor: float = 2.0, bias: bool = True) -> None:
+        super().__init__()
+        self.features, self.factor = features, factor
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _scale(x, self.weight, self.factor) + (0 if self.bias is None else self.bias)
+
+
+def _scale(x: Tensor, weight: Tensor, factor: float) -> Tensor:
+    return x * weight * factor + OFFSET
+
+
+OFFSET = 0.5
+
+
+class Dependent(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(json.dumps({}))
+
+
+class Forgetful(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def with_layer(layer: nn.Module) -> CapturedModel:
+    """A captured model whose second layer is `layer`."""
+    model = capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4))
+    set_module(model, "1", layer)
+    model.recompile()
+    return model
+
+
+def test_the_class_of_a_plugin_layer_is_embedded_with_what_it_uses(tmp_path: Path) -> None:
+    model = with_layer(Scaled(4, factor=3.0, bias=False))
+    path, _ = export_source(model, tmp_path)
+    text = path.read_text()
+    assert 'self["1"] = Scaled(4, factor=3.0, bias=False)' in text
+    assert text.index("OFFSET = 0.5") < text.index("def _scale") < text.index("class Scaled(nn.Module)")
+    x = torch.randn(3, 4)
+    assert torch.equal(load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [(Dependent(4), "uses 'json'"), (Forgetful(4), "'features'")],
+    ids=["needs another package", "forgets an argument"],
+)
+def test_a_layer_class_that_cannot_stand_alone_is_refused(layer: nn.Module, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("old")
+    with pytest.raises(ExportError, match=problem) as caught:
+        export_source(with_layer(layer), tmp_path)
+    assert type(layer).__name__ in caught.value.problem
+    assert "author must" in caught.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
+    assert (tmp_path / "model.py").read_text() == "old"
+
+
+def test_a_result_that_deviates_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "surgery.export.source.source", lambda *_, **__: source(captured("shared")).replace("- x", "+ x")
+    )
+    with pytest.raises(ExportError, match="deviates"):
+        export_source(captured("shared"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_and_header_cannot_break_the_source(tmp_path: Path) -> None:
+    path, _ = export_source(capture(Sequence(), torch.randn(1, 2, 5, 5)), tmp_path, header={"by": '"""\nimport os\\'})
+    compile(path.read_text(), str(path), "exec")
+    assert "\nimport os" not in path.read_text()
+
+
+def test_missing_or_mismatched_weights_are_a_model_error(tmp_path: Path) -> None:
+    export_source(captured("shared"), tmp_path / "a")
+    export_source(captured("frozen"), tmp_path / "b")
+    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match="do not fit"):
+        load(tmp_path / "a")
+    (tmp_path / "b" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="missing"):
+        load(tmp_path / "b")
