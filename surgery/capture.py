@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CaptureError
 from .functional import functionalise
 from .graph import propagate, remove_unused, retarget, tensors
 from .inputs import Inputs
+from .preparing import bake_parametrisations, private_copy, twin
 from .raising import Raiser, submodule
+from .tracing import evaluating, first_line, plain_attention, quiet, user_line
 
 # A captured graph calls the very operators of the model; rounding may differ only where a region was recomputed.
 RELATIVE_BOUND = 1e-5
@@ -94,7 +90,7 @@ class CapturedModel(fx.GraphModule):
         return info
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0)).device
         retarget(self.graph, device)
         self.recompile()
@@ -109,108 +105,98 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
 
     Raises:
         InputError: the inputs do not fit the signature, or hold NaN.
-        CaptureError: the model fails on the inputs, changes them, is random, has control flow that depends on values, or
-            its graph does not reproduce it; the message names the line of user code and what to try.
+        CaptureError: the model fails on the inputs, changes them, is random, has control flow that depends on values,
+            or its graph does not reproduce it; the message names the line of user code and what to try.
     """
-    inputs = Inputs.of(model, example_inputs).clone()
-    inputs.check_finite("example inputs")
-    private = _private_copy(model)
-    notes = _bake_parametrisations(private)
-    expected = _run_eager(private, inputs)
-    exported, dynamic, why_static = _export(private, inputs)
-    notes += [why_static] if why_static else []
-    captured = _raise(exported, private, inputs)
-    notes += _dropped(private, captured)
-    error = 0.0
-    if dynamic:
-        other = inputs.with_batch(inputs.batch_size + 2)
-        error = _compare(captured, other, _forward(private, other))
-    error = max(error, _compare(captured, inputs, expected))  # last: shapes on the nodes are the example's
-    captured.meta["capture"] = CaptureInfo(inputs, dynamic, tuple(notes), error)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = Inputs.of(model, example_inputs).clone()
+        inputs.check_finite("example inputs")
+        private = private_copy(model)
+        notes = bake_parametrisations(private)
+        eager = twin(private)  # running the model may fill caches that export would take for constants
+        known = [(inputs, _forward(eager, inputs))]
+        other, why_static = _on_other_values(eager, inputs)
+        program, why_static = _export(private, eager, inputs, why_static)
+        captured = _raise(program, private, inputs)
+        if why_static:
+            notes.append(f"batch size fixed at {inputs.batch_size}: {why_static}")
+        if other and (not why_static or other[0].batch_size == inputs.batch_size):
+            known.insert(0, other)  # the example comes last: the shapes noted on the nodes are its
+        error = max(_compare(captured, eager, *pair) for pair in known)
+        notes += _dropped(private, captured)
+    captured.meta["capture"] = CaptureInfo(inputs, not why_static, tuple(notes), error)
     return captured
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
-    try:
-        private = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}",
-            fix="give a model that copy.deepcopy accepts (no tensors with history kept as attributes)",
-        ) from error
-    return private.eval()
+def _on_other_values(model: nn.Module, inputs: Inputs) -> tuple[tuple[Inputs, list[Tensor]] | None, str]:
+    """Other inputs and the model's outputs, of another batch size if the model takes one; else the reason as well."""
+    reason = ""
+    for size in (inputs.batch_size + 2, 2 * inputs.batch_size, inputs.batch_size):
+        other = inputs.with_batch(size).map(_flipped)
+        try:
+            return (other, _forward(model, other)), reason if size == inputs.batch_size else ""
+        except CaptureError as error:
+            reason = reason or f"at {size}, {error.problem}"
+    return None, reason
 
 
-def _bake_parametrisations(model: nn.Module) -> list[str]:
-    """Replace weight norm, spectral norm and other parametrisations by the weights they compute."""
-    notes = []
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for tensor in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-                notes.append(f"{name}.{tensor}: parametrisation replaced by the weight it computes")
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-                hook.remove(module)
-                del module._forward_pre_hooks[key]
-                notes.append(f"{name}.{hook.name}: {type(hook).__name__} replaced by the weight it computes")
-    return notes
-
-
-def _run_eager(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Flat tensor outputs of the model itself; refuses models that write to their inputs or state, or are random."""
-    first = _forward(model, inputs)
-    second = _forward(model, inputs)
-    if any(not torch.equal(a, b) for a, b in zip(first, second, strict=True) if not a.isnan().any()):
-        raise CaptureError(
-            "two calls of the model in eval mode with the same inputs differ",
-            fix="make the forward deterministic in eval mode (dropout with training=self.training, no noise)",
-        )
-    return first
+def _flipped(tensor: Tensor) -> Tensor:
+    """The same numbers in another order; whole numbers may be indices or lengths and stay."""
+    return tensor.flip(tuple(range(tensor.ndim))) if tensor.is_floating_point() else tensor
 
 
 def _forward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Flat tensor outputs of the model itself; refuses a model that fails, or writes to its inputs or its state."""
     given = inputs.clone()
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    watched = {**{f"input {k}": t for k, t in given.named_tensors.items()}, **state}
+    watched = {**{f"input {k}": t for k, t in given.named_tensors.items()}, **tensors(model)}
     versions = {name: t._version for name, t in watched.items()}
     try:
-        with torch.no_grad(), _plain_attention():
+        with evaluating(model):
             output = model(*given.args, **given.kwargs)
     except Exception as error:
         raise CaptureError(
-            f"the model itself fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
-            at=_user_line(error),
+            f"the model itself fails on the example inputs: {type(error).__name__}: {first_line(error)}",
+            at=user_line(error),
             fix=f"give inputs the model accepts; these are {_shapes(given)}",
         ) from error
-    written = [name for name, t in watched.items() if t._version != versions[name]]
+    now = tensors(model)
+    written = [name for name, t in watched.items() if t._version != versions[name] or now.get(name, t) is not t]
     if written:
         raise CaptureError(
             f"the model writes to {', '.join(written)} in its forward",
-            fix="work on a copy (x = x.clone()) or use the out-of-place operator",
+            fix="work on a copy (x = x.clone()), and update state outside the forward or in training mode alone",
         )
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _export(model: nn.Module, inputs: Inputs) -> tuple[torch.export.ExportedProgram, bool, str | None]:
-    """The exported program, whether its batch is free, and why not."""
-    batch = max(2, inputs.batch_size)  # export takes sizes 0 and 1 for constants
-    example = inputs.with_batch(batch)
+def _export(
+    model: nn.Module, eager: nn.Module, inputs: Inputs, why_static: str
+) -> tuple[torch.export.ExportedProgram, str]:
+    """The exported program, and why its batch is fixed if it is; with a reason given a free one is not tried.
+
+    `eager` is the model after a call: some build on their first call what they need.
+    """
+    example = inputs.with_batch(max(2, inputs.batch_size))  # export takes sizes 0 and 1 for constants
     failures: list[Exception] = []
-    for dim in (torch.export.Dim("batch", min=1), torch.export.Dim.AUTO):
+    free, automatic = torch.export.Dim("batch", min=1), torch.export.Dim.AUTO
+    for source, dim in () if why_static else ((model, free), (model, automatic), (eager, automatic)):
         try:
-            program = _torch_export(model, example, _dynamic_shapes(model, example, dim))
+            program = _torch_export(source, example, _dynamic_shapes(source, example, dim))
         except Exception as error:
             failures.append(error)
             continue
         if _is_dynamic(program):
-            return program, True, None
-    try:
-        program = _torch_export(model, inputs, None)
-    except Exception as error:
-        raise _capture_error(failures[0] if failures else error) from error
-    reason = _first_line(failures[0]) if failures else "the model computes with the batch size"
-    return program, False, f"batch size fixed at {inputs.batch_size}: {reason}"
+            return program, ""
+    for source in (model, eager):
+        try:
+            program = _torch_export(source, inputs, None)
+        except Exception as error:
+            failures.append(error)
+            continue
+        return program, why_static or (
+            first_line(failures[0]) if failures else "the model computes with the batch size"
+        )
+    raise _capture_error(failures[0]) from failures[0]
 
 
 def _dynamic_shapes(model: nn.Module, inputs: Inputs, dim: Any) -> dict[str, Any]:
@@ -225,7 +211,7 @@ def _dynamic_shapes(model: nn.Module, inputs: Inputs, dim: Any) -> dict[str, Any
 
 
 def _torch_export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    with _plain_attention(), _quiet():
+    with plain_attention(), quiet():
         return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
@@ -268,37 +254,72 @@ def _signature_names(model: nn.Module, inputs: Inputs) -> list[str]:
     return [*names[: len(inputs.args)], *inputs.kwargs]
 
 
-def _dropped(private: nn.Module, captured: nn.Module) -> list[str]:
-    """What eval mode left out: state that no operator reads, and random depth."""
+def _dropped(private: nn.Module, captured: CapturedModel) -> list[str]:
+    """What a graph of eval mode does not have: state that no operator reads, and behaviour of training mode alone."""
     kept = tensors(captured)
     names = {id(tensor): name for name, tensor in kept.items()}
     notes = []
     for key, tensor in tensors(private).items():
-        home = key.rpartition(".")[0] or key
-        other = names.get(id(tensor), "").rpartition(".")[0]
         if key not in kept and not key.endswith("num_batches_tracked"):
-            notes.append(f"{home}: is kept as {other}" if other else f"{home}: not used in eval mode, left out")
-    notes = list(dict.fromkeys(notes))
-    random = [
-        f"{name}: {type(module).__name__} does nothing in eval mode, so the graph does not have it"
+            other = _home(names[id(tensor)]) if id(tensor) in names else None
+            notes.append(
+                f"{_home(key)}: is kept as {other}" if other else f"{_home(key)}: not used in eval mode, left out"
+            )
+    notes += [
+        f"{name}: {type(module).__name__} drops nothing in eval mode, so the graph does not have it"
         for name, module in private.named_modules()
-        if type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d")
+        if type(module).__name__ in _RANDOM_IN_TRAINING and _drop_rate(module)
     ]
-    return notes + random
+    notes += [
+        f"{node.meta.get('module_path') or node.name}: normalises with its running statistics in training mode too"
+        for node in captured.graph.nodes
+        if str(node.target).startswith(("aten.batch_norm", "aten.instance_norm"))
+    ]
+    return list(dict.fromkeys(notes))
 
 
-def _compare(captured: CapturedModel, inputs: Inputs, expected: list[Tensor]) -> float:
+_RANDOM_IN_TRAINING = {"StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d", "MultiheadAttention", "RReLU"}
+
+
+def _drop_rate(module: nn.Module) -> float:
+    rates = [getattr(module, name, None) for name in ("p", "drop_prob", "dropout", "upper")]
+    return next((float(rate) for rate in rates if isinstance(rate, float | int)), 1.0)
+
+
+def _home(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _compare(captured: CapturedModel, model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
     """Largest deviation relative to the largest expected value; raises CaptureError above the bound."""
     actual = [v for v in propagate(captured, inputs) if isinstance(v, Tensor)]
     if [a.shape for a in actual] != [e.shape for e in expected]:
-        raise CaptureError(f"the graph gives shapes {[*map(_shape, actual)]}, the model {[*map(_shape, expected)]}")
+        raise CaptureError(
+            f"the graph gives shapes {[*map(_shape, actual)]}, the model {[*map(_shape, expected)]}", fix=_CONSTANTS
+        )
     error = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+    if error:
+        _refuse_randomness(model, inputs, expected)
     if not error <= RELATIVE_BOUND:
         raise CaptureError(
             f"the graph deviates from the model by {error:.2e} of its largest output (bound {RELATIVE_BOUND:g})",
-            fix="report this with the model; behaviour that torch.export does not see is the usual cause",
+            fix=_CONSTANTS,
         )
     return error
+
+
+_CONSTANTS = (
+    "Python state and what .tolist() or .numpy() take out of a tensor become constants in a graph;"
+    " use tensor operators, and report the model if it has none of these"
+)
+
+
+def _refuse_randomness(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
+    if any(relative_error(again, first) for again, first in zip(_forward(model, inputs), expected, strict=True)):
+        raise CaptureError(
+            "two calls of the model in eval mode with the same inputs differ",
+            fix="make the forward deterministic in eval mode (dropout with training=self.training, no noise)",
+        )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -319,17 +340,6 @@ def _shapes(inputs: Inputs) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _user_line(error: BaseException) -> str:
-    """File and line of the last frame that is neither torch's nor ours."""
-    ours = ("/torch/", "/surgery/", "<eval_with_key>", "<string>")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in ours)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-
-
 def _capture_error(error: Exception) -> CaptureError:
     text = str(error)
     data_dependent = (
@@ -340,29 +350,4 @@ def _capture_error(error: Exception) -> CaptureError:
         if data_dependent
         else "write the line with tensor operations; torch.export.draft_export(model, inputs) reports every obstacle"
     )
-    return CaptureError(f"torch.export cannot follow the model: {_first_line(error)}", at=_user_line(error), fix=fix)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """`nn.MultiheadAttention` must show its operators, not the fused inference kernel."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs and warns about attempts that we retry."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return CaptureError(f"torch.export cannot follow the model: {first_line(error)}", at=user_line(error), fix=fix)

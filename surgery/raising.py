@@ -37,10 +37,11 @@ class Raised:
         for role, tensor in tensors.items():
             if role in module._buffers:
                 module._buffers[role] = tensor
-            else:
-                module._parameters.pop(role, None)
+            else:  # in place, so that the order of parameters stays the class's own
                 as_parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
-                setattr(module, role, as_parameter)
+                module._parameters[role] = as_parameter
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
         return module
 
 

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,17 +24,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     and not through `model.eval()`, whose overrides may do more than can be undone.
     """
     modes = [(module, module.training) for module in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
+        with plain_attention(), torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """`nn.MultiheadAttention` must show its operators, not the fused inference kernel."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
@@ -58,6 +67,6 @@ def first_line(error: BaseException) -> str:
 
 def user_line(error: BaseException) -> str:
     """File and line of the last frame that is neither torch's nor ours; empty if there is none."""
-    ours = ("/torch/", "/surgery/", "<eval_with_key>", "<string>")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in ours)]
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""

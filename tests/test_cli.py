@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from surgery.cli import main
 
-MODELS = '''
+MODELS = """
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,7 +50,7 @@ def broken():
 
 def number():
     return 3
-'''
+"""
 
 
 @pytest.fixture
@@ -163,7 +163,10 @@ def test_schema_is_json_and_recipes_are_listed(surgery):
         (("run", "fold_only", "--model", "cli_models:nett", "--input", "1x3x8x8", "--out", "run"), "no 'nett'"),
         (("run", "fold_only", "--model", "cli_models", "--input", "1x3x8x8", "--out", "run"), "module:name"),
         (("run", "fold_only", "--model", "cli_models:broken", "--input", "1x3x8x8", "--out", "run"), "no weights here"),
-        (("run", "fold_only", "--model", "cli_models:number", "--input", "1x3x8x8", "--out", "run"), "not an nn.Module"),
+        (
+            ("run", "fold_only", "--model", "cli_models:number", "--input", "1x3x8x8", "--out", "run"),
+            "not an nn.Module",
+        ),
         (("run", "fold_only", "--model", "cli_models:net", "--out", "run"), "no example input"),
         (("run", "fold_only", "--model", "cli_models:net", "--input", "1x3x8xq", "--out", "run"), "[NAME=]SHAPE"),
         (("run", "fold_only", "--model", "cli_models:net", "--input", "1x5x8x8", "--out", "run"), "expected input"),
@@ -210,7 +213,10 @@ torch.save({{"first.weight": Evil()}}, "evil.pt")
 
 
 def test_help_and_the_list_of_passes_answer_without_torch():
-    code = "import sys; sys.argv = ['surgery', 'passes']; from surgery.cli import cli; cli(standalone_mode=False); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; sys.argv = ['surgery', 'passes']; from surgery.cli import cli; cli(standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "fold_batchnorm" in result.stdout

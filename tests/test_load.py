@@ -70,7 +70,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "many missing": (lambda p: torch.save({"0.weight": torch.ones(4, 3)}, p), "8 missing .* and 3 more"),
     "not a number": (lambda p: torch.save({**trained(), "0.bias": torch.full((4,), torch.nan)}, p), "0.bias hold NaN"),
     "code": (lambda p: torch.save({"weights": Evil()}, p), "only be read by running code"),
-    "bare pickle": (lambda p: p.write_bytes(pickle.dumps(Evil())), "running code"),
+    "bare pickle": (lambda p: p.write_bytes(pickle.dumps(Evil(), protocol=2)), "running code"),
     "whole model": (lambda p: torch.save(model(), p), "running code"),
     "no tensors": (lambda p: torch.save({"epoch": 1}, p), "holds no state_dict but keys epoch"),
     "a single tensor": (lambda p: torch.save(torch.ones(1), p), "but a Tensor"),

@@ -145,7 +145,7 @@ def test_yaml_is_plain_data(text, message):
 
 
 def test_quoted_strings_are_no_tags():
-    assert load_yaml('a: "1"\nb: \'x\'', "f") == {"a": "1", "b": "x"}
+    assert load_yaml("a: \"1\"\nb: 'x'", "f") == {"a": "1", "b": "x"}
 
 
 def test_a_recipe_file_is_read_by_path_and_a_missing_one_says_so(tmp_path, registry):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import json
 import subprocess
@@ -17,6 +19,8 @@ from surgery.errors import ExportError, ModelError
 from surgery.export.source import export_source, source
 from surgery.graph import set_module
 from surgery.load import load
+from surgery.state import load_state, save_state
+from surgery.state.encoding import decode_target
 
 # Runs where neither this SDK nor the models' classes can be imported.
 _ELSEWHERE = """
@@ -26,6 +30,7 @@ for name in ("surgery", "surgery_plugins", "surgery_recipes", "sample_models"):
     sys.modules[name] = None
 import torch
 from torch.utils._pytree import tree_leaves
+torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 for path in sorted(folder.iterdir()):
     module = types.ModuleType("model")
@@ -48,8 +53,13 @@ for path in sorted(folder.iterdir()):
 """
 
 
-def captured(name: str) -> CapturedModel:
+@functools.cache
+def _captured(name: str) -> CapturedModel:
     return capture(*build(name))
+
+
+def captured(name: str) -> CapturedModel:
+    return copy.deepcopy(_captured(name))
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -255,6 +265,78 @@ def test_a_layer_class_that_cannot_stand_alone_is_refused(layer: nn.Module, prob
     assert "author must" in caught.value.fix
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
     assert (tmp_path / "model.py").read_text() == "old"
+
+
+class Ordered(nn.Module):
+    """Its constructor computes with values, which the meta device cannot."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.order = torch.arange(size).flip(0).tolist()
+        self.register_buffer("scale", torch.tensor([float(v) for v in self.order]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order] * self.scale
+
+
+def test_arguments_with_the_names_of_helpers_are_kept(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)])
+
+        def forward(self, block: Tensor, batch: Tensor, x: Tensor, q: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x) + block
+            return x + batch + q + torch.zeros(x.shape[0], 4, device=x.device)
+
+    inputs = {name: torch.randn(2, 4) for name in ("block", "batch", "x", "q")}
+    model = capture(Named(), inputs)
+    export_source(model, tmp_path)
+    assert torch.equal(load(tmp_path)(**inputs), model(**inputs))
+
+
+def test_an_argument_that_hides_torch_is_refused(tmp_path: Path) -> None:
+    class Hiding(nn.Linear):
+        def forward(self, F: Tensor) -> Tensor:
+            return super().forward(F)
+
+    with pytest.raises(ExportError, match="argument named 'F'"):
+        export_source(capture(Hiding(4, 4), torch.randn(2, 4)), tmp_path)
+
+
+def test_a_layer_whose_constructor_needs_values_is_built_on_the_cpu(tmp_path: Path) -> None:
+    model = with_layer(Ordered(4))
+    model.get_buffer("1.scale").add_(1)
+    export_source(model, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(load(tmp_path)(x), model(x))
+    save_state(model, tmp_path / "state")
+    assert torch.equal(load_state(tmp_path / "state")(x), model(x))
+
+
+def test_quantisation_operators_are_registered_by_the_source(tmp_path: Path) -> None:
+    model = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
+    last = next(n for n in model.graph.nodes if n.op == "call_module")
+    quantise = decode_target("quantized_decomposed.quantize_per_tensor.default")
+    dequantise = decode_target("quantized_decomposed.dequantize_per_tensor.default")
+    with model.graph.inserting_after(last):
+        q = model.graph.call_function(quantise, (last, 0.1, 3, -128, 127, torch.int8))
+    with model.graph.inserting_after(q):
+        d = model.graph.call_function(dequantise, (q, 0.1, 3, -128, 127, torch.int8))
+    last.replace_all_uses_with(d, delete_user_cb=lambda user: user is not q)
+    model.recompile()
+    path, _ = export_source(model, tmp_path)
+    assert "import _decomposed" in path.read_text()
+    assert torch.equal(load(tmp_path)(model.inputs.args[0]), model(model.inputs.args[0]))
+
+
+def test_weights_in_channels_last_order_stay_so(tmp_path: Path) -> None:
+    model = captured("residual").to(memory_format=torch.channels_last)
+    export_source(model, tmp_path)
+    loaded = load(tmp_path)
+    assert [p.stride() for p in loaded.parameters()] == [p.stride() for p in model.parameters()]
 
 
 def test_a_result_that_deviates_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

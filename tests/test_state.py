@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,13 @@ from surgery.state.encoding import decode, decode_target, encode, encode_target
 FILES = ("graph.json", "weights.safetensors", "inputs.safetensors")
 
 
-def captured(name: str) -> CapturedModel:
+@functools.cache
+def _captured(name: str) -> CapturedModel:
     return capture(*build(name))
+
+
+def captured(name: str) -> CapturedModel:
+    return copy.deepcopy(_captured(name))
 
 
 def content(folder: Path) -> list[bytes]:

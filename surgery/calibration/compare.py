@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PluginError
 from ..graph import Layer, shape
 from .moments import Regression, Scatter
-from .unfolding import can_unfold, channel_dim, groups_and_features, output_rows, unfold
+from .unfolding import can_unfold, channel_dim, groups_and_features, output_rows, unfold, weight_matrix
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Comparison:
         for node, aim in zip(self.layer.nodes, self.aims, strict=True):
             target = _target(aim, own, wanted, channel_dim(module))
             y = output_rows(module, target)
+            self._check(y.shape[2] == weight_matrix(module).shape[1], aim, target)
             start = 0
             for rows in unfold(module, own[str(node.args[0])], chunk_bytes):
                 stop = start + rows.shape[1]

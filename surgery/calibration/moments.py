@@ -75,16 +75,19 @@ class Regression:
         mean, c, f = joint.mean, joint.full_covariance, features
         return cls(joint.count, mean[:, :f], mean[:, f:], c[:, :f, :f], c[:, f:, :f], joint.variance[:, f:])
 
-    def solve(self, towards: Tensor, ridge: float = 1e-6) -> Tensor:
+    def solve(self, towards: Tensor, ridge: float = 1e-4) -> Tensor:
         """W (groups, outputs, features) with the least E‖y - W x - b‖² + λ‖W - `towards`‖² for the best b.
 
         λ is `ridge` > 0 times the mean variance of the features, so that directions which the data does not show keep
         the weight they have.
         """
         start = towards.detach().double().cpu()
+        rest = self.yx - start @ self.xx
+        if not bool(rest.any()):
+            return start
         damping = ridge * self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-100)
         damped = self.xx + torch.diag_embed(damping.unsqueeze(1).expand(-1, self.xx.shape[1]))
-        change: Tensor = torch.linalg.solve(damped, self.yx - start @ self.xx, left=False)
+        change: Tensor = torch.linalg.solve(damped, rest, left=False)
         return start + change
 
     def bias(self, weight: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class RunningHistogram:
 
     def add(self, values: Tensor) -> None:
         values = values.flatten()
-        values = values[values.isfinite()].to(torch.promote_types(values.dtype, torch.float32))
+        values = values[values.isfinite()].double()  # so that scaling by a power of two is exact
         if not values.numel():
             return
         self._grow(float(values.abs().max()))
-        index = (values * (BINS / 2 / self._bound)).floor_().long() + BINS // 2  # exact: scaling by a power of two
+        index = (values * (BINS / 2 / self._bound)).floor_().long() + BINS // 2
         self._counts += torch.bincount(index, minlength=BINS).cpu()
 
     def _grow(self, largest: float) -> None:

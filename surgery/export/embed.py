@@ -33,7 +33,7 @@ class _Embedded:
     """Definitions in the order in which they must stand."""
 
     definitions: list[str] = field(default_factory=list)
-    names: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("Model", "load", "load_file", "Path")))
 
 
 def embed(classes: Iterable[type[nn.Module]]) -> list[str]:

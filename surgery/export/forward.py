@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture import CapturedModel
 from .layout import Layout
 from .literals import WIDTH, literal
-from .naming import Pattern, Statement, Values, bound_nodes, name_values
+from .naming import Pattern, Statement, Values, bound_nodes, fresh, name_values
 from .signature import RESERVED, Arguments, Result
 from .spelling import spell
 
@@ -27,9 +27,10 @@ class Forward:
         read = {node for statement in self.values.statements for node in statement.reads}
         self.arguments = Arguments(model, read | set(self.values._reads(self.values.output)))
         self.device = _only_device(model.graph) if self.arguments.first_tensor is not None else None
-        device_name = "device" if "device" not in self.arguments.names else "own_device"
-        self.device_name = device_name
-        reserved = RESERVED | {device_name} | set(self.arguments.names) - set(self.arguments.variables.values())
+        taken = {*self.arguments.names, *self.arguments.variables.values()}
+        self.device_name, self.block_name = fresh("device", taken), fresh("block", taken)
+        reserved = RESERVED | {self.device_name, self.block_name}
+        reserved |= set(self.arguments.names) - set(self.arguments.variables.values())
         self.names = name_values(self.values, self.arguments.variables, reserved)
         self.base, self.base_text = "", "self"
         outputs = self.values.output.args[0]
@@ -81,8 +82,8 @@ class Forward:
         yield f"# {block}"
         reads = [path for s in statements for path in self._paths(s.node) if path.startswith(f"{block}.")]
         if "." in block and len(reads) > 1:
-            yield f"block = {self.layout.text(block)}"
-            self.base, self.base_text = block, "block"
+            yield f"{self.block_name} = {self.layout.text(block)}"
+            self.base, self.base_text = block, self.block_name
 
     def _paths(self, node: fx.Node) -> list[str]:
         own = [str(node.target)] if node.op in ("call_module", "get_attr") else []

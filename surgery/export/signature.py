@@ -22,7 +22,7 @@ from .layout import plain_name
 from .literals import literal
 from .naming import fresh
 
-RESERVED = {"self", "torch", "nn", "F", "math", "Tensor", "block"}
+RESERVED = {"self", "torch", "nn", "F", "math", "Tensor", "OrderedDict"}
 
 
 class Arguments:

@@ -166,7 +166,16 @@ def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
     yield "    model.load_state_dict(tensors, assign=True)"
     if ties(model):
         yield "    model.tie_weights()"
+    if any(_is_channels_last(tensor) for tensor in stored.values()):
+        yield "    model.to(memory_format=torch.channels_last)"
     yield "    return model.eval()"
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether the order in memory is channels last and not also row-major."""
+    if tensor.ndim != 4 or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -165,7 +165,6 @@ def _place_tensor(owner: nn.Module, key: str, tensor: Tensor, record: TensorReco
     store: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
     if getattr(store.get(key), "shape", None) != tensor.shape:
         raise ValueError(f"{type(owner).__name__} has no {record.kind} of shape {tuple(tensor.shape)} here")
-    del store[key]  # so that it comes last: the order is that of the file
     if is_parameter:
         setattr(owner, key, tensor)
     else:

@@ -168,10 +168,10 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = x.clone()
-        x += self.branch(x)
-        x[:, 2:4].mul_(0.5)
-        y: Tensor = self.head(x.relu_())
+        total = x.clone()
+        total += self.branch(x)
+        total[:, 2:4].mul_(0.5)
+        y: Tensor = self.head(total.relu_())
         return y
 
 

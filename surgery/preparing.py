@@ -1,0 +1,70 @@
+"""The copy of the user's model that capture works on: in eval mode, and with weights that are plain parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import CaptureError
+from .graph import tensors
+
+_COMPUTING_HOOKS = ("WeightNorm", "SpectralNorm")
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode; `model` and what belongs to its class stay as they are.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, _computed_attributes(model)).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            fix="give a model that copy.deepcopy accepts (no open files, locks, or tensors with history in lists)",
+        ) from error
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with Python state of its own that shares every parameter and buffer with `model`."""
+    return copy.deepcopy(model, {id(t): t for t in tensors(model).values()})
+
+
+def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for deepcopy with copies of what it refuses: tensors with history, as the old weight norm leaves them."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+
+
+def bake_parametrisations(model: nn.Module) -> list[str]:
+    """Replace weight norm, spectral norm and other parametrisations by the weights they compute; notes that say so."""
+    notes = []
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            notes += _bake(name, module)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if type(hook).__name__ in _COMPUTING_HOOKS:
+                trained = any(p.requires_grad for p in module.parameters(recurse=False))
+                hook.remove(module)
+                del module._forward_pre_hooks[key]
+                getattr(module, hook.name).requires_grad_(trained)
+                notes.append(f"{name}.{hook.name}: {type(hook).__name__} replaced by the weight it computes")
+    return notes
+
+
+def _bake(name: str, module: nn.Module) -> list[str]:
+    cls = type(module)
+    body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, body)  # torch edits the class, which the user's model has too
+    notes = []
+    for tensor, computation in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+        trained = any(p.requires_grad for p in computation.parameters())
+        with torch.enable_grad():
+            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+        getattr(module, tensor).requires_grad_(trained)
+        notes.append(f"{name}.{tensor}: parametrisation replaced by the weight it computes")
+    return notes

@@ -1,0 +1,203 @@
+"""A captured model is copied, moved and trained like any module, and the caller's model never changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from equality import assert_captured, assert_same, assert_trains_alike, call
+from torch import nn
+
+from surgery.capture import CapturedModel, capture
+from surgery.graph import shape, tensors
+from surgery.testing import NETWORKS
+
+
+class Constants(nn.Module):
+    """Buffers of both kinds, a frozen layer, a constant and tensors made in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.first.requires_grad_(False)
+        self.first.register_buffer("note", torch.ones(1))
+        self.scale = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+        self.register_buffer("kept", torch.arange(4.0))
+        self.register_buffer("passing", torch.arange(4.0) + 1, persistent=False)
+
+    def forward(self, x):
+        x = self.first(x) * self.scale + self.kept / self.passing * self.first.note
+        return self.second(x) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.arange(4) + torch.zeros(x.shape[0], 1)
+
+
+@pytest.fixture
+def model():
+    return Constants()
+
+
+@pytest.fixture
+def captured(model):
+    return capture(model, torch.randn(2, 3))
+
+
+def test_frozen_parameters_stay_frozen(model, captured):
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name, p in captured.named_parameters() if not p.requires_grad} == frozen
+    assert_trains_alike(captured, model, torch.randn(3, 3))
+
+
+def test_buffers_that_are_not_saved_stay_so(model, captured):
+    assert captured.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(captured.passing, model.passing)
+
+
+def test_a_state_dict_goes_both_ways(model, captured):
+    other = Constants()
+    captured.load_state_dict(other.state_dict())
+    x = torch.randn(4, 3)
+    assert_same(call(captured, x), call(other, x))
+    model.load_state_dict(captured.state_dict())
+    assert_same(call(model, x), call(other, x))
+
+
+def test_a_deep_copy_keeps_everything_and_shares_nothing(captured):
+    captured.train()
+    duplicate = copy.deepcopy(captured)
+    x = torch.randn(4, 3)
+    assert isinstance(duplicate, CapturedModel)
+    assert duplicate.training
+    assert (duplicate.dynamic_batch, duplicate.notes, duplicate.capture_error) == (True, captured.notes, 0)
+    assert torch.equal(duplicate.inputs.tensors[0], captured.inputs.tensors[0])
+    assert duplicate.state_dict().keys() == captured.state_dict().keys()
+    assert [shape(n) for n in duplicate.graph.nodes if n.op == "call_module"] == [(2, 4)] * 2
+    assert [n.meta.get("module_path") for n in duplicate.graph.nodes] == [
+        n.meta.get("module_path") for n in captured.graph.nodes
+    ]
+    assert_same(call(duplicate, x), call(captured, x))
+    assert not {t.data_ptr() for t in tensors(duplicate).values()} & {t.data_ptr() for t in tensors(captured).values()}
+
+
+def test_a_deep_copy_of_a_deep_copy_keeps_nested_arguments_and_ties():
+    for name in ("two_inputs", "dict_output", "tied_weights"):
+        network = NETWORKS[name]
+        captured = network.captured()
+        duplicate = copy.deepcopy(copy.deepcopy(captured))
+        assert_same(call(duplicate, network.inputs(3)), call(captured, network.inputs(3)))
+        assert len(list(duplicate.parameters())) == len(list(captured.parameters()))
+
+
+def test_constants_inside_the_graph_move_with_the_model(captured):
+    captured.to("meta")
+    devices = {v for n in captured.graph.nodes for v in n.kwargs.values() if isinstance(v, torch.device)}
+    assert devices == {torch.device("meta")}
+    assert captured(torch.randn(5, 3, device="meta")).shape == (5, 4)
+
+
+def test_a_change_of_precision_keeps_the_device(captured):
+    captured.double()
+    assert captured(torch.randn(5, 3).double()).dtype == torch.float64
+
+
+@pytest.mark.gpu
+def test_a_captured_model_runs_on_the_gpu(model, captured):
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(captured.cuda()(x.cuda()).cpu(), model(x))
+    assert captured.cpu()(x).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_gpu_is_captured_there(model):
+    captured = capture(model.cuda(), torch.randn(2, 3).cuda())
+    assert {t.device.type for t in tensors(captured).values()} == {"cuda"}
+    assert captured.cpu()(torch.randn(4, 3)).shape == (4, 4)
+
+
+def test_the_callers_model_is_untouched():
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop, self.linear = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2)
+            self.seen = []
+
+        def forward(self, x):
+            return self.linear(self.drop(self.norm(x)))
+
+    model = Watched().train()
+    model.drop.eval()
+    model.linear.weight.requires_grad_(False)
+    model.linear.bias.grad = torch.ones(2)
+    model.linear.register_forward_hook(lambda module, args, output: model.seen.append(output))
+    before, identities = copy.deepcopy(model), [id(t) for t in tensors(model).values()]
+    x = torch.randn(2, 3)
+    original = x.clone()
+    capture(model, x)
+    assert torch.equal(x, original)
+    assert [id(t) for t in tensors(model).values()] == identities
+    assert all(torch.equal(t, tensors(before)[name]) for name, t in tensors(model).items())
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["linear.weight"]
+    assert torch.equal(model.linear.bias.grad, torch.ones(2))
+    assert len(model.linear._forward_hooks) == 1
+
+
+def test_a_training_step_of_the_captured_model_does_not_reach_the_callers(model, captured):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    captured.train()(torch.randn(4, 3)).sum().backward()
+    torch.optim.SGD(captured.parameters(), 0.1).step()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_hooks_that_change_outputs_are_part_of_the_graph():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    assert_captured(model, torch.randn(2, 3))
+
+
+def test_a_captured_model_can_be_captured_again(model, captured):
+    again = capture(captured, torch.randn(2, 3))
+    x = torch.randn(4, 3)
+    assert_same(call(again, x), call(model, x))
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_two_captures_are_alike(model, captured):
+    again = capture(model, captured.inputs)
+    assert str(again.graph) == str(captured.graph)
+    assert again.code == captured.code
+
+
+def test_state_that_eval_mode_does_not_use_is_left_out_and_said():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.auxiliary = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return (self.main(x), self.auxiliary(x)) if self.training else self.main(x)
+
+    captured = capture(Auxiliary(), torch.randn(2, 3))
+    assert captured.notes == ("auxiliary: not used in eval mode, left out",)
+    assert set(captured.state_dict()) == {"main.weight", "main.bias"}
+
+
+def test_random_depth_and_attention_dropout_are_said():
+    class StochasticDepth(nn.Module):
+        p = 0.2
+
+        def forward(self, x):
+            return x * (torch.rand(len(x), 1) > self.p) if self.training else x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.depth = nn.Linear(4, 4), StochasticDepth()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+
+        def forward(self, x):
+            x = self.depth(self.linear(x))[:, None]
+            return self.attention(x, x, x)[0]
+
+    notes = capture(Model(), torch.randn(2, 4)).notes
+    assert [note.split(":")[0] for note in notes] == ["depth", "attention"]
