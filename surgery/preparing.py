@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError
 from .graph import tensors
@@ -21,12 +22,13 @@ def private_copy(model: nn.Module) -> nn.Module:
         CaptureError: the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model, _computed_attributes(model)).eval()
+        private = copy.deepcopy(model, _computed_attributes(model))
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}",
             fix="give a model that copy.deepcopy accepts (no open files, locks, or tensors with history in lists)",
         ) from error
+    return private.train().eval()  # layers that cache what they compute in eval mode empty the cache in train()
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -36,7 +38,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
     """A memo for deepcopy with copies of what it refuses: tensors with history, as the old weight norm leaves them."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    attributes = tree_leaves([vars(module) for module in model.modules()])
     return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
 
 

@@ -101,10 +101,15 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
             (
                 "ONNX Runtime latency",
                 *milliseconds,
-                f"{times['result']['ratio']:.2f}× faster (quartiles {low:.2f}–{high:.2f})",
+                _speed(times["result"]["ratio"], low, high),
             )
         )
     return Table(f"{summary['recipe']['name']}: before and after", ("", "before", "after", "change"), tuple(rows))
+
+
+def _speed(ratio: float, low: float, high: float) -> str:
+    word = "faster" if ratio >= 1 else "SLOWER"
+    return f"{ratio if ratio >= 1 else 1 / ratio:.2f}× {word} (quartiles {low:.2f}–{high:.2f})"
 
 
 def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -21,13 +21,12 @@ class Constants(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
         self.first.requires_grad_(False)
-        self.first.register_buffer("note", torch.ones(1))
         self.scale = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
         self.register_buffer("kept", torch.arange(4.0))
         self.register_buffer("passing", torch.arange(4.0) + 1, persistent=False)
 
     def forward(self, x):
-        x = self.first(x) * self.scale + self.kept / self.passing * self.first.note
+        x = self.first(x) * self.scale + self.kept / self.passing
         return self.second(x) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.arange(4) + torch.zeros(x.shape[0], 1)
 
 
@@ -201,3 +200,46 @@ def test_random_depth_and_attention_dropout_are_said():
 
     notes = capture(Model(), torch.randn(2, 4)).notes
     assert [note.split(":")[0] for note in notes] == ["depth", "attention"]
+
+
+def test_what_a_first_call_builds_is_captured_as_it_is_trained():
+    class Cached(nn.Module):
+        """As in EfficientFormer: in eval mode the indexed biases are looked up once and kept until `train()`."""
+
+        def __init__(self):
+            super().__init__()
+            self.biases, self.cache = nn.Parameter(torch.randn(6)), {}
+            self.register_buffer("positions", torch.tensor([0, 2, 4]), persistent=False)
+
+        def train(self, mode=True):
+            self.cache = {} if mode else self.cache
+            return super().train(mode)
+
+        def forward(self, x):
+            if self.training:
+                return x + self.biases[self.positions]
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.biases[self.positions]
+            return x + self.cache["bias"]
+
+    model, x = Cached().eval(), torch.randn(2, 3)
+    model(x)
+    captured = assert_captured(model, x, trains=False)
+    assert_trains_alike(captured, model.train(), torch.randn(4, 3))
+
+
+def test_a_buffer_built_on_the_first_call_is_captured():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.arange(3.0), persistent=False)
+            return self.linear(x) + self.table
+
+    model, x = Lazy(), torch.randn(2, 3)
+    captured = capture(model, x)
+    assert not hasattr(model, "table")
+    assert_same(call(captured, x), call(model, x))
