@@ -156,6 +156,8 @@ CALLS: dict[str, list[Call]] = {
     "permute.default": [call(X, [0, 2, 3, 1])],
     "transpose.int": [call(X, 1, -1)],
     "t.default": [call(M)],
+    "swapaxes.default": [call(X, 1, 3)],
+    "unfold.default": [call(X, 2, 3, 1)],
     "flatten.using_ints": [call(X, 1), call(X), call(X, 0, 1), call(X, 1, 2)],
     "unflatten.int": [call(X, 1, [2, 2])],
     "unsqueeze.default": [call(X, -1)],

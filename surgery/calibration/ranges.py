@@ -68,8 +68,10 @@ class RunningHistogram:
         self._bound = _SMALLEST
 
     def add(self, values: Tensor) -> None:
-        values = values.flatten()
-        values = values[values.isfinite()].double()  # so that scaling by a power of two is exact
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            values = values[finite]
+        values = values.flatten().double()  # so that scaling by a power of two is exact
         if not values.numel():
             return
         self._grow(float(values.abs().max()))

@@ -33,11 +33,27 @@ class Layout:
             if name not in self.layers and not any(parent in self.layers for parent in enclosing(name))
         }
         self.keyed = {name for name, module in self.containers.items() if _needs_keys(module)}
-        self.first_name = {module: name for name, module in model.named_modules()}
+        self.first_name = self._first_names()
+        self.tied = {name: first for name, first in ties(model).items() if not self._is_shared(name)}
         self.sizes = dict.fromkeys(self.containers, 0)
         for layer in self.layers:
             for parent in enclosing(layer):
                 self.sizes[parent] += 1
+
+    def _first_names(self) -> dict[nn.Module, str]:
+        """For each module the first name of it, or of an equal layer that has the very same tensors."""
+        names = {module: name for name, module in self.model.named_modules()}
+        equal: dict[tuple[Any, ...], str] = {}
+        for layer in self.layers.values():
+            tensors = tuple((key, id(t)) for key, t in (*layer.named_parameters(), *layer.named_buffers()))
+            if tensors:
+                names[layer] = equal.setdefault((type(layer), repr(constructor(layer)), tensors), names[layer])
+        return names
+
+    def _is_shared(self, tensor: str) -> bool:
+        """Whether `tensor` belongs to a layer that is written as another name of an earlier one."""
+        home = next((name for name in enclosing(tensor) if name in self.layers), "")
+        return bool(home) and self.first_name[self.layers[home]] != home
 
     @property
     def base_class(self) -> str:
@@ -70,7 +86,7 @@ class Layout:
     def lines(self) -> Iterator[str]:
         """The logical lines of `__init__` after `super().__init__()`, without indentation."""
         yield from self._container("", "", "self", self._frozen(""))
-        if ties(self.model):
+        if self.tied:
             yield ""
             yield "self.tie_weights()"
 

@@ -72,6 +72,9 @@ def wrap(text: str, indent: int, *, first: bool = False) -> list[str]:
         return [line]
     start, end = pairs[0] if first else pairs[-1]
     body = text[start + 1 : end]
+    if start and text[start] == "[" and text[start - 1] not in " (=[":  # a subscript is no place to break
+        left, _, right = text.partition(" = ")
+        return [f"{' ' * indent}{left} = (", f"{' ' * (indent + 4)}{right}", f"{' ' * indent})"] if right else [line]
     lines = [" " * (indent + 4) + body]
     if len(lines[0]) > WIDTH:
         lines = [part for item in _items(body) for part in wrap(f"{item},", indent + 4)]

@@ -24,7 +24,7 @@ from ..errors import ExportError, ModelError
 from ..load import load
 from .embed import embed
 from .forward import Forward
-from .layout import Layout, class_text, ties
+from .layout import Layout, class_text
 from .literals import quoted, wrap
 
 _LOAD = '''\
@@ -129,10 +129,10 @@ def _class_lines(layout: Layout, forward: Forward) -> Iterator[str]:
     yield "    def __init__(self) -> None:"
     yield "        super().__init__()"
     yield from _indented(layout.lines())
-    if tied := ties(layout.model):
+    if layout.tied:
         yield ""
         yield "    def tie_weights(self) -> None:"
-        yield from _indented(f"{layout.text(name)} = {layout.text(first)}" for name, first in tied.items())
+        yield from _indented(f"{layout.text(name)} = {layout.text(first)}" for name, first in layout.tied.items())
     yield ""
     definition, *body = forward.lines()
     yield from wrap(definition, 4, first=True)
@@ -149,9 +149,11 @@ def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
     """The rest of `load`: what the weights file does not say as a state_dict does."""
     first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
     stored = model.state_dict(keep_vars=True)
-    for name, tensor in stored.items():
-        if first[id(tensor)] != name:
-            yield f"    tensors[{quoted(name)}] = tensors[{quoted(first[id(tensor)])}]  # shared"
+    shared = [(name, first[id(tensor)]) for name, tensor in stored.items() if first[id(tensor)] != name]
+    if shared:
+        pairs = ", ".join(f"{quoted(name)}: {quoted(source)}" for name, source in shared)
+        yield from wrap(f"shared = {{{pairs}}}", 4)
+        yield "    tensors |= {name: tensors[first] for name, first in shared.items()}"
     if all(builds_on_meta(layer) for layer in layout.layers.values()):
         yield '    with torch.device("meta"):'
         yield "        model = Model()"
@@ -164,7 +166,7 @@ def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
         yield '        owner, _, key = name.rpartition(".")'
         yield "        setattr(model.get_submodule(owner), key, tensors.pop(name))"
     yield "    model.load_state_dict(tensors, assign=True)"
-    if ties(model):
+    if layout.tied:
         yield "    model.tie_weights()"
     if any(_is_channels_last(tensor) for tensor in stored.values()):
         yield "    model.to(memory_format=torch.channels_last)"

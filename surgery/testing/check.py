@@ -1,8 +1,8 @@
 """Hold any pass to the contract, on any network.
 
-    @pytest.mark.parametrize(("step", "network"), contract_cases([MyPass(), MyPass(rank=4)]))
-    def test_contract(step, network):
-        check_pass(step, network)
+@pytest.mark.parametrize(("step", "network"), contract_cases([MyPass(), MyPass(rank=4)]))
+def test_contract(step, network):
+    check_pass(step, network)
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ def check_pass(step: Pass, network: Network, *, calibration: Sequence[Any] | Non
             definition(step)
     model, before = _prepared(network)
     batches = list(network.calibration() if calibration is None else calibration)
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        with _untouched(step, network, model, before):
-            with _rule(step, network, keeps_the_contract):
-                after, report = step(before, Context(before, Data.of(batches), seed=seed))
-            trial = Trial(step, network, model, before, after, report, batches, seed, Path(folder))
-            for rule in (*OUTCOME, *(RESULT if report.modified else ())):
-                with _rule(step, network, rule):
-                    rule(trial)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder, _untouched(step, network, model, before):
+        with _rule(step, network, keeps_the_contract):
+            after, report = step(before, Context(before, Data.of(batches), seed=seed))
+        trial = Trial(step, network, model, before, after, report, batches, seed, Path(folder))
+        for rule in (*OUTCOME, *(RESULT if report.modified else ())):
+            with _rule(step, network, rule):
+                rule(trial)
     return report
 
 

@@ -13,9 +13,9 @@ def images(batch: int, generator: torch.Generator) -> Tensor:
     return torch.randn(batch, 3, 8, 8, generator=generator)
 
 
-def conv(inputs: int, outputs: int, size: int = 3, **options: int) -> nn.Sequential:
+def conv(inputs: int, outputs: int, size: int = 3, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU; the spatial size stays, up to a stride."""
-    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False, **options)
+    convolution = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
@@ -24,8 +24,8 @@ def head(channels: int) -> nn.Sequential:
 
 
 def plain() -> nn.Module:
-    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
-    return nn.Sequential(conv(3, 8), *pooled, nn.Dropout(0.1), nn.Flatten(), nn.Linear(12 * 16, 5))
+    second = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+    return nn.Sequential(conv(3, 8), nn.MaxPool2d(2), second, nn.Dropout(0.1), nn.Flatten(), nn.Linear(12 * 16, 5))
 
 
 class Residual(nn.Module):

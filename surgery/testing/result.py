@@ -43,7 +43,9 @@ def runs(trial: Trial) -> None:
         expected, known = flat_outputs(trial.network, trial.model, value)
         assert structure == known, f"outputs are {structure}, not {known}"
         for a, e in zip(actual, expected, strict=True):
-            assert (a.shape, a.dtype) == (e.shape, e.dtype), f"{a.dtype} {tuple(a.shape)}, not {e.dtype} {tuple(e.shape)}"
+            assert (a.shape, a.dtype) == (e.shape, e.dtype), (
+                f"{a.dtype} {tuple(a.shape)}, not {e.dtype} {tuple(e.shape)}"
+            )
             assert bool(a.isfinite().all()), "an output is NaN or infinite"
 
 
