@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
     from .calibration import Moments as Moments
     from .calibration import Regression as Regression
-    from .capture import CapturedModel as CapturedModel
-    from .capture import capture as capture
+    from .captured import CapturedModel as CapturedModel
+    from .captured import capture as capture
     from .context import Context as Context
     from .data import Data as Data
     from .errors import BudgetError as BudgetError
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from .graph import tied as tied
     from .hooks import hookimpl as hookimpl
     from .inputs import Inputs as Inputs
-    from .load import load as load
-    from .measure import measure as measure
+    from .loading import load as load
+    from .measurement import measure as measure
     from .passes import Edit as Edit
     from .passes import Pass as Pass
     from .passes import PassReport as PassReport
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from .pipeline import Operation as Operation
     from .pipeline import operate as operate
     from .registry import Registry as Registry
-    from .verify import verify as verify
+    from .verification import verify as verify
 
 _HOME = {
     "calibration": ("Calibration", "Moments", "Regression"),
-    "capture": ("CapturedModel", "capture"),
+    "captured": ("CapturedModel", "capture"),
     "context": ("Context",),
     "data": ("Data",),
     "errors": (
@@ -75,12 +75,12 @@ _HOME = {
     "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "set_module", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
-    "load": ("load",),
-    "measure": ("measure",),
+    "loading": ("load",),
+    "measurement": ("measure",),
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
     "registry": ("Registry",),
-    "verify": ("verify",),
+    "verification": ("verify",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -184,7 +184,7 @@ def show(name: str, as_json: bool) -> None:
 def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
     """Compare two models: run folders, model.py files or .onnx files. A is the reference."""
     from .specs import inputs_from
-    from .verify import verify as compare
+    from .verification import verify as compare
 
     if not (shapes or data_name):
         raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data MODULE:FUNCTION")
@@ -223,7 +223,7 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 def _model(name: str, weights: Path | None, shapes: Sequence[str]) -> tuple[Any, Any]:
-    from .load import load_weights
+    from .loading import load_weights
     from .specs import inputs_from, model_from
 
     model, inputs = model_from(name)

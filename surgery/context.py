@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from .calibration import Calibration
-    from .capture import CapturedModel
+    from .captured import CapturedModel
 
 Progress = Callable[[str, int, int], None]
 """Called with what is worked on, how many are done, and how many there are."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .capture import CapturedModel, relative_error
+from .captured import CapturedModel, relative_error
 from .errors import PassError, PluginError
 from .graph import leaf_inputs, propagate, remove_unused, tensors
 from .passes import PassReport

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .capture import capture
+from .captured import capture
 from .context import Context, Progress
 from .errors import SurgeryError
 from .graph import layers, shape, sharing
-from .measure import Measurement, measure
+from .measurement import Measurement, measure
 from .passes import PassReport
 from .registry import Registry
 from .report import Table

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 from .errors import PassError, PluginError, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
-    from .capture import CapturedModel
+    from .captured import CapturedModel
     from .context import Context
     from .graph import Layer
 

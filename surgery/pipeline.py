@@ -14,19 +14,19 @@ import yaml
 from torch import nn
 
 from . import __version__
-from .capture import CapturedModel, capture
+from .captured import CapturedModel, capture
 from .context import Context, Progress, silent
 from .data import Data
 from .export.onnx import OPSET, export_onnx
 from .export.runtime import runtime_session
 from .export.source import export_source
 from .inputs import Inputs
-from .measure import Latency, Measurement, latency, measure
+from .measurement import Latency, Measurement, latency, measure
 from .passes import PassReport
 from .recipe import Plan, resolve
 from .registry import Registry
 from .runs import RunFolder, run_key
-from .verify import Verification, verify
+from .verification import Verification, verify
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .capture import CapturedModel
+from .captured import CapturedModel
 from .errors import RunError
 from .graph import tensors
 from .inputs import Inputs

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.utils._pytree import tree_flatten
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.graph import tensors
 from surgery.inputs import Inputs
 

@@ -14,7 +14,7 @@ from surgery.calibration import Aim, Calibration, Statistics
 from surgery.calibration.moments import Scatter
 from surgery.calibration.ranges import RunningHistogram
 from surgery.calibration.unfolding import output_rows, unfold, weight_from_matrix, weight_matrix
-from surgery.capture import CapturedModel, capture
+from surgery.captured import CapturedModel, capture
 from surgery.contract import snapshot
 from surgery.errors import InputError, PluginError
 from surgery.graph import layers

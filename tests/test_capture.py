@@ -11,7 +11,7 @@ from equality import assert_captured, assert_same, assert_trains_alike, call
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.graph import shape, tensors
 from surgery.testing import NETWORKS, randomise
 

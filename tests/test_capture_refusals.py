@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.errors import CaptureError, InputError
 from surgery.testing import NETWORKS
 

@@ -9,7 +9,7 @@ import torch
 from equality import assert_captured, assert_same, assert_trains_alike, call
 from torch import nn
 
-from surgery.capture import CapturedModel, capture
+from surgery.captured import CapturedModel, capture
 from surgery.graph import shape, tensors
 from surgery.testing import NETWORKS
 

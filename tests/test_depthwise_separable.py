@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from surgery.calibration import Regression
 from surgery.calibration.moments import Scatter
 from surgery.calibration.unfolding import unfold, weight_matrix
-from surgery.capture import CapturedModel, capture, relative_error
+from surgery.captured import CapturedModel, capture, relative_error
 from surgery.context import Context
 from surgery.data import Data
 from surgery.errors import InputError, RecipeError
 from surgery.graph import layers
-from surgery.measure import measure
+from surgery.measurement import measure
 from surgery.passes import PassReport
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

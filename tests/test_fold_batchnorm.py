@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from surgery_plugins.fold_batchnorm import FoldBatchnorm, scale_and_shift
 from torch import Tensor, nn
 
 from surgery import Context, PassReport
-from surgery.capture import CapturedModel, capture, relative_error
+from surgery.captured import CapturedModel, capture, relative_error
 from surgery.errors import RecipeError
-from surgery_plugins.fold_batchnorm import FoldBatchnorm, scale_and_shift
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "tools" / "zoo.py"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.errors import CaptureError
 
 SHAPE = (2, 4, 3)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgery.errors import ModelError
-from surgery.load import load, load_weights
+from surgery.loading import load, load_weights
 
 
 def model() -> nn.Module:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.errors import InputError
-from surgery.measure import latency, measure
+from surgery.measurement import latency, measure
 
 TOKENS, WIDTH = 5, 8
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery.export.onnx as exporting
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.errors import ExportError, InputError, ModelError
 from surgery.export.onnx import export_onnx
 from surgery.export.runtime import runtime_session

@@ -14,11 +14,11 @@ from sample_models import MODELS, Sequence, build
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from surgery.capture import CapturedModel, capture
+from surgery.captured import CapturedModel, capture
 from surgery.errors import ExportError, ModelError
 from surgery.export.source import export_source, source
 from surgery.graph import set_module
-from surgery.load import load
+from surgery.loading import load
 from surgery.state import load_state, save_state
 from surgery.state.encoding import decode_target
 

@@ -16,7 +16,7 @@ from sample_models import MODELS, build
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from surgery.capture import CapturedModel, capture
+from surgery.captured import CapturedModel, capture
 from surgery.constructors import constructor, find_class, shortest
 from surgery.errors import ExportError, RunError
 from surgery.graph import propagate

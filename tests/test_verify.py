@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from surgery.capture import capture
+from surgery.captured import capture
 from surgery.deviation import Deviation
 from surgery.divergence import first_divergence
 from surgery.errors import InputError, ModelError
@@ -24,7 +24,7 @@ from surgery.export.runtime import runtime_session
 from surgery.fidelity import fidelity
 from surgery.parity import BOUNDS, parity
 from surgery.recipe import Budget
-from surgery.verify import verify
+from surgery.verification import verify
 
 BOUND = BOUNDS[torch.float32]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from ..errors import InputError
 from ..inputs import Inputs
 

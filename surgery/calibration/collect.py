@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from ..errors import InputError, PluginError
 from ..graph import Layer, Recorder
 from ..inputs import Inputs

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from ..context import Progress, silent
 from ..errors import PluginError
 from ..graph import Layer, tensors

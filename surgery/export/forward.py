@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from .layout import Layout
 from .literals import WIDTH, literal
 from .naming import Pattern, Statement, Values, bound_nodes, fresh, name_values

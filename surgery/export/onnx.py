@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from ..deviation import Deviation
 from ..errors import ExportError, ModelError
 from ..inputs import Inputs

@@ -16,7 +16,7 @@ from torch.utils._pytree import (
     tree_flatten_with_path,
 )
 
-from ..capture import CapturedModel
+from ..captured import CapturedModel
 from ..errors import ExportError
 from .layout import plain_name
 from .literals import literal

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..capture import RELATIVE_BOUND, CapturedModel, relative_error
+from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
-from ..load import load
+from ..loading import load
 from .embed import embed
 from .forward import Forward
 from .layout import Layout, class_text

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
-from ..capture import CallCodeGen, CapturedModel, CaptureInfo
+from ..captured import CallCodeGen, CapturedModel, CaptureInfo
 from ..constructors import build, find_class, leaf_modules
 from ..errors import RunError
 from ..graph import propagate

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_flatten
 
-from ..capture import CapturedModel, CaptureInfo
+from ..captured import CapturedModel, CaptureInfo
 from ..constructors import class_path, constructor, enclosing, leaf_modules
 from ..errors import ExportError
 from . import specs

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture import CapturedModel, capture
+from ..captured import CapturedModel, capture
 from ..context import Context
 from ..data import Data
 from ..passes import Pass, PassReport

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import CapturedModel, capture
+from ..captured import CapturedModel, capture
 from ..inputs import Inputs
 from .seeding import randomise
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import relative_error
+from ..captured import relative_error
 from ..export.onnx import export_onnx
 from ..export.source import export_source
 from ..inputs import Inputs
-from ..load import load
+from ..loading import load
 from ..parity import parity
 from ..state import load_state, save_state
 from .trial import Trial, assert_same_outputs, description, first_difference, flat_outputs, state_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..capture import CapturedModel, relative_error
+from ..captured import CapturedModel, relative_error
 from ..context import Context
 from ..data import Data
 from ..graph import tensors

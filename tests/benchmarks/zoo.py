@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from surgery.capture import CapturedModel, capture, relative_error
+from surgery.captured import CapturedModel, capture, relative_error
 from surgery.graph import tensors
 
 TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"

@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from .capture import CapturedModel
+from .captured import CapturedModel
 from .export.onnx import export_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
@@ -104,7 +104,7 @@ def _loaded(model: Model | str | os.PathLike[str]) -> Model:
         return model
     if Path(model).suffix == ".onnx":
         return runtime_session(model)
-    from .load import load
+    from .loading import load
 
     return load(Path(model))
 
