@@ -111,8 +111,8 @@ def _changed(before: CapturedModel, after: CapturedModel) -> str | None:
         if old[name] is not new[name] and not _same(old[name], new[name]):
             return name
     modules = dict(after.named_modules())
-    differing = [name for name, module in before.named_modules() if _options(module) != _options(modules[name])]
-    return differing[0] if differing else None
+    layers = [(name, module) for name, module in before.named_modules() if name]  # a GraphModule has a class of its own
+    return next((name for name, module in layers if _options(module) != _options(modules[name])), None)
 
 
 def _options(module: nn.Module) -> tuple[type[nn.Module], str]:

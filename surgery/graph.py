@@ -74,13 +74,13 @@ def sharing(model: fx.GraphModule, layer: Layer) -> str | None:
 def tied(model: fx.GraphModule, layer: Layer) -> str | None:
     """Why `layer` may not be changed at all its calls (its parameters belong to others too), or None."""
     own = {id(p) for p in layer.module.parameters()}
-    prefix = f"{layer.name}." if not layer.functional else "\0"
+    called = tuple(f"{n.target}." for n in model.graph.nodes if n.op == "call_module")
     aliases = [
         name
         for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in own and not name.startswith(prefix)
+        if id(p) in own and (name.startswith(called) if layer.functional else not name.startswith(f"{layer.name}."))
     ]
-    if not layer.functional and aliases:
+    if aliases:
         return f"shares its parameters with {aliases[0]}"
     readers = {n for n in model.graph.nodes if n.op == "get_attr" and id(get_attribute(model, str(n.target))) in own}
     outside = [user for reader in readers for user in reader.users if user not in layer.nodes]

@@ -271,6 +271,21 @@ def test_a_fixed_batch_size_is_held_to() -> None:
         statistics_of(model, [torch.randn(2, 3)], "mean")
 
 
+class KeywordOnly(Twice):
+    def forward(self, x: Tensor, *, scale: float = 2.0, shift: Tensor) -> Tensor:
+        return self.linear(x * scale + shift)
+
+
+def test_arguments_by_keyword_fit_whatever_form_the_batch_has() -> None:
+    x, shift = torch.randn(2, 4), torch.randn(2, 4)
+    model = capture(KeywordOnly(), {"shift": shift, "x": x})
+    by_name = statistics_of(model, [{"x": x, "shift": shift}, {"shift": shift, "x": x}], "mean")["linear"]
+    in_order = statistics_of(model, [(x, shift), model.inputs], "mean")["linear"]
+    rows = (x * 2 + shift).double()
+    torch.testing.assert_close(by_name.unfolded.mean[0], rows.mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(by_name.unfolded.mean, in_order.unfolded.mean)
+
+
 def test_layers_without_an_unfolded_input_are_refused() -> None:
     model = captured(Twice(), 4)
     with pytest.raises(PluginError, match="unfolded input of LayerNorm"):

@@ -208,6 +208,8 @@ class IsRandom(Bad):
 class IgnoresExclude(Bad):
     """Takes all."""
 
+    idempotent = False
+
 
 @bad("keeps_the_contract", "the outputs change from [(2, 2)] to [(2, 4)]")
 class ChangesTheOutput(Bad):
@@ -284,7 +286,7 @@ class UsesAnOperatorWithoutOnnx(Idempotent):
 
     def edit(self, model, context, layer):
         with model.graph.inserting_after(layer.nodes[0]):
-            call = model.graph.call_function(torch.ops.aten.igamma.default, (layer.nodes[0], layer.nodes[0]))
+            call = model.graph.call_function(torch.ops.aten.special_i0e.default, (layer.nodes[0],))
         layer.nodes[0].replace_all_uses_with(call, lambda user: user is not call)
 
 
@@ -295,7 +297,7 @@ class HidesAnOption(Idempotent):
     depth: Annotated[int, Field(description="depth")] = field(default=1, repr=False)
 
 
-@bad("options_survive_json", "not JSON serializable")
+@bad("options_survive_json", "(1+2j) is not JSON")
 class TakesAnObject(Idempotent):
     """Has an option that no file can hold."""
 
@@ -360,7 +362,7 @@ def test_a_network_is_the_same_every_time_and_nothing_in_it_is_vacuous(network):
     for name, parameter in tensors(first).items():
         if parameter.is_floating_point() and parameter.numel() > 1:
             assert parameter.std() > 0, f"{name} is constant"
-    outputs = [t for t in torch.utils._pytree.tree_leaves(network.call(first, network.inputs(8)))]
+    outputs = torch.utils._pytree.tree_leaves(network.call(first, network.inputs(8)))
     assert all(t.isfinite().all() and 1e-3 < t.std() < 20 for t in outputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int |
 
 def _checked(model: CapturedModel, batch: Any, place: str) -> Inputs:
     try:
-        inputs = Inputs.of(model, batch)
+        inputs = _as_captured(model, Inputs.of(model, batch))
     except InputError as error:
         raise InputError(
             error.problem, at=place, fix="calibration batches hold model inputs only, no labels"
@@ -43,6 +44,14 @@ def _checked(model: CapturedModel, batch: Any, place: str) -> Inputs:
     _check_shapes(model, inputs, place)
     inputs.check_finite(place)
     return inputs
+
+
+def _as_captured(model: CapturedModel, inputs: Inputs) -> Inputs:
+    """The same arguments, by position and by keyword as in the call the model was captured with."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
+    by_keyword = {name: bound.pop(name) for name in model.inputs.kwargs if name in bound}
+    return Inputs(tuple(bound.values()), by_keyword)
 
 
 def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ def check_pass(step: Pass, network: Network, *, calibration: Sequence[Any] | Non
             definition(step)
     model, before = _prepared(network)
     batches = list(network.calibration() if calibration is None else calibration)
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder, _untouched(step, network, model, before):
+    untouched = _watched(model, before)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         with _rule(step, network, keeps_the_contract):
             after, report = step(before, Context(before, Data.of(batches), seed=seed))
         trial = Trial(step, network, model, before, after, report, batches, seed, Path(folder))
-        for rule in (*OUTCOME, *(RESULT if report.modified else ())):
+        for rule in (untouched, *OUTCOME, *(RESULT if report.modified else ()), untouched):
             with _rule(step, network, rule):
                 rule(trial)
     return report
@@ -108,12 +109,15 @@ def _rule(step: Pass, network: Network, rule: Callable[..., None]) -> Iterator[N
         ) from error
 
 
-@contextmanager
-def _untouched(step: Pass, network: Network, model: nn.Module, before: CapturedModel) -> Iterator[None]:
+def _watched(model: nn.Module, before: CapturedModel) -> Callable[[Trial], None]:
+    """`leaves_its_input_alone` for models in the state they have now."""
     states, text = (state_of(model), state_of(before)), description(before)
-    yield
-    with _rule(step, network, leaves_its_input_alone):
+
+    @wraps(leaves_its_input_alone)
+    def rule(trial: Trial) -> None:
         for now, then in zip((model, before), states, strict=True):
             difference = first_difference(state_of(now), then)
             assert difference is None, f"{difference} was changed"
         assert description(before) == text, "the graph or a module of the captured model was changed"
+
+    return rule

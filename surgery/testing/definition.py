@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..passes import Pass, check_class
 from ..recipe import adapter, build_pass
 
@@ -40,7 +42,9 @@ def options_are_described(step: Pass) -> None:
 
 
 def _dumped(value: Any) -> Any:
-    return value.model_dump(mode="json")
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise AssertionError(f"{value!r} is not JSON")
 
 
 DEFINITION = (

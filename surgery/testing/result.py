@@ -93,9 +93,10 @@ def trains(trial: Trial) -> None:
     inputs = Inputs.of(model, trial.calibration[0]).clone()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         outputs = [t for t in tree_leaves(model(*inputs.args, **inputs.kwargs)) if isinstance(t, Tensor)]
-        sum(t.square().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
+        loss = torch.stack([t.square().mean() for t in outputs if t.is_floating_point()]).sum()
+        assert loss.requires_grad, "no parameter has a gradient"
+        loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients, "no parameter has a gradient"
     broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     assert not broken, f"the gradient of {broken[0]} is NaN or infinite" if broken else ""
     torch.optim.SGD(model.parameters(), lr=1e-3).step()

@@ -1,0 +1,215 @@
+"""Every installed pass keeps the contract on every network, and the contract itself sees what it must see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from surgery import Context, Edit, InputError, Pass, PassError, PassReport, PluginError, RecipeError, Registry, Skip
+from surgery.contract import snapshot
+from surgery.graph import layers, shape, tensors
+from surgery.passes import check_class
+from surgery.testing import NETWORKS, check_pass, contract_cases, edited_networks, networks
+
+PASSES = Registry.load().passes
+
+# Options worth a test of their own, and the networks on which they do something else than the defaults.
+VARIANTS = [
+    ("depthwise_separable", {"include_first": True, "multiplier": 2, "calibrate": False}, ("conv_1d", "conv_3d")),
+    ("depthwise_separable", {"sequential": True}, ("residual",)),
+    ("depthwise_separable", {"norm_activation": True}, ("plain_cnn",)),
+    ("fold_batchnorm", {"exclude": ("BatchNorm2d",)}, ("conv_1d",)),
+]
+DEFAULTS = contract_cases([cls() for cls in PASSES.values()])
+OTHERS = [
+    case for name, options, where in VARIANTS for case in contract_cases([PASSES[name](**options)], networks(*where))
+]
+
+
+@pytest.mark.parametrize(("step", "network"), DEFAULTS + OTHERS)
+def test_an_installed_pass_keeps_the_contract(step, network):
+    check_pass(step, network)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_installed_pass_edits_some_network(name):
+    assert edited_networks(PASSES[name]())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing(Pass):
+    """Does what it is told to."""
+
+    does: ClassVar = staticmethod(lambda model, context: PassReport())
+
+    def apply(self, model, context):
+        return type(self).does(model, context)
+
+
+def doing(function, **traits):
+    """A pass that applies `function(model, context)`."""
+    return type("Doing", (Doing,), {"does": staticmethod(function), "__doc__": "Does.", **traits})()
+
+
+@pytest.fixture
+def model():
+    return NETWORKS["plain_cnn"].captured()
+
+
+def scaled(model, factor=2.0):
+    layer = layers(model)[0]
+    layer.module.weight = nn.Parameter(layer.module.weight.detach() * factor)
+    return PassReport((Edit(layer.name, "scaled"),))
+
+
+def apply(step, model):
+    return step(model, Context(model))
+
+
+def test_a_snapshot_shares_tensors_and_nothing_else(model):
+    copied = snapshot(model)
+    assert all(t is tensors(model)[name] for name, t in tensors(copied).items())
+    assert not {id(m) for m in copied.modules()} & {id(m) for m in model.modules()}
+    assert not {id(n) for n in copied.graph.nodes} & {id(n) for n in model.graph.nodes}
+    assert [shape(n) for n in copied.graph.nodes if n.op == "call_module"] == [
+        shape(n) for n in model.graph.nodes if n.op == "call_module"
+    ]
+    assert copied.inputs.tensors[0] is model.inputs.tensors[0]
+
+
+def test_meta_noted_on_a_snapshot_stays_there(model):
+    copied = snapshot(model)
+    next(iter(copied.graph.nodes)).meta["note"] = 1
+    copied.meta["note"] = 1
+    assert "note" not in next(iter(model.graph.nodes)).meta
+    assert "note" not in model.meta
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_the_model_is_kept(model, training):
+    after, _ = apply(doing(lambda m, c: scaled(m)), model.train(training))
+    assert {module.training for module in after.modules()} == {training}
+
+
+def test_shapes_are_fresh_after_an_edit(model):
+    def widen(model, context):
+        last = layers(model)[-1]
+        model.get_submodule(last.name).weight = nn.Parameter(last.module.weight.detach()[:3])
+        model.get_submodule(last.name).bias = nn.Parameter(last.module.bias.detach()[:3])
+        return PassReport((Edit(last.name, "cut"),))
+
+    with pytest.raises(PassError, match=r"the outputs change from \[\(2, 5\)\] to \[\(2, 3\)\]"):
+        apply(doing(widen), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m: setattr(m.get_submodule("0.1"), "eps", 0.5), "0.1"),
+        (lambda m: setattr(m.get_submodule("3"), "p", 0.9), "3"),
+        (lambda m: m.get_submodule("0.1")._buffers.update(running_mean=torch.ones(8)), "0.1.running_mean"),
+        (lambda m: scaled(m), "0.0.weight"),
+        (lambda m: m.register_parameter("more", nn.Parameter(torch.ones(1))) or m.graph.get_attr("more"), None),
+        (lambda m: m.graph.output_node().replace_input_with(*[m.graph.output_node().args[0][0]] * 2), None),
+    ],
+    ids=["option", "dropout", "buffer", "weight", "unused", "nothing"],
+)
+def test_a_change_that_is_not_reported_is_seen(model, change, what):
+    def silent(model, context):
+        change(model)
+        return PassReport()
+
+    if what is None:
+        assert not apply(doing(silent), model)[1].modified
+        return
+    with pytest.raises(PluginError, match=f"reports no edit but changed {what}"):
+        apply(doing(silent), model)
+
+
+def test_an_option_changed_and_reported_is_an_edit(model):
+    def relax(model, context):
+        model.get_submodule("3").p = 0.9
+        return PassReport((Edit("3", "drops more"),))
+
+    assert apply(doing(relax), model)[0].get_submodule("3").p == 0.9
+
+
+def test_an_error_of_a_pass_names_it_and_leaves_the_model(model):
+    before = {name: t.clone() for name, t in tensors(model).items()}
+
+    def fails(model, context):
+        scaled(model)
+        raise KeyError("weight")
+
+    with pytest.raises(PassError, match=r"KeyError: 'weight'") as caught:
+        apply(doing(fails), model)
+    assert caught.value.at == "pass doing"
+    assert "unchanged" in caught.value.fix
+    assert all(torch.equal(t, before[name]) for name, t in tensors(model).items())
+
+
+def test_errors_of_the_sdk_pass_through_as_they_are(model):
+    def refuses(model, context):
+        raise RecipeError("no")
+
+    with pytest.raises(RecipeError, match="^no$"):
+        apply(doing(refuses), model)
+
+
+def test_a_pass_that_needs_data_is_not_begun_without(model):
+    step = doing(lambda m, c: pytest.fail("was begun"), needs_calibration=True)
+    with pytest.raises(InputError, match="doing needs calibration data and there is none"):
+        apply(step, model)
+
+
+def test_exactness_is_held_to_the_declared_bound(model):
+    step = doing(lambda m, c: scaled(m, 1 + 1e-3), exact=True)
+    with pytest.raises(PassError, match=r"declared exact but moves an output by .* \(bound 0.0001\)"):
+        apply(step, model)
+    apply(doing(lambda m, c: scaled(m, 1 + 1e-3), exact=True, exact_bound=0.1), model)
+
+
+def test_nan_in_the_result_is_refused_and_in_the_original_allowed():
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(x) / x.sign().sum(1, keepdim=True).clamp(0, 0)
+
+    from surgery import capture
+
+    model = capture(Divides(), torch.zeros(2, 2))
+    assert apply(doing(lambda m, c: scaled(m)), model)[1].modified
+    with pytest.raises(PassError, match="NaN"):
+        apply(doing(lambda m, c: scaled(m, float("nan"))), NETWORKS["plain_cnn"].captured())
+
+
+def test_reports_are_modified_by_their_edits_alone():
+    assert not PassReport(skips=(Skip("a", "b"),), notes=("c",)).modified
+    assert PassReport((Edit("a", "b"),)).modified
+
+
+class Plain:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Plain, "Plain: is not a subclass of surgery.Pass"),
+        (3, "3: is not a subclass"),
+        (type("Loose", (Doing,), {"__doc__": "Not a dataclass of its own."}), "is not a frozen dataclass"),
+        (dataclass(frozen=True, kw_only=True)(type("Mute", (Doing,), {})), "has no docstring"),
+        (dataclass(frozen=True, kw_only=True)(type("Lazy", (Pass,), {"__doc__": "Lazy."})), "does not define apply"),
+    ],
+)
+def test_a_class_that_breaks_the_rules_for_definitions_is_refused(cls, why):
+    with pytest.raises(PluginError, match=why) as caught:
+        check_class(cls, "plugin mine")
+    assert caught.value.at == "plugin mine"

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+import surgery
+from surgery import Data, Registry, hooks
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [code] = code_blocks("README.md", "python")
+    namespace: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert (tmp_path / "runs" / "mine" / "model.onnx").exists()
+    smaller, example = namespace["smaller"], namespace["example"]
+    assert smaller(**example)["logits"].shape == (1, 10)
+    assert "dB" in capsys.readouterr().out
+
+
+def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
+    plugin_code, test_code = code_blocks("docs/plugins.md", "python")
+    plugin = ModuleType("shrink_dropout")
+    monkeypatch.setitem(sys.modules, "shrink_dropout", plugin)
+    exec(compile(plugin_code, "docs/plugins.md", "exec"), plugin.__dict__)
+    registry = Registry.load([plugin])
+    assert "remove_dropout" in registry.passes
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1), torch.nn.Dropout(0.5))
+    recipe = {"name": "d", "passes": [{"remove_dropout": {"below": 0.3}}]}
+    operation = surgery.operate(model, torch.rand(1, 4), recipe, registry=registry, latency_rounds=0)
+    [report] = operation.reports
+    assert [edit.layer for edit in report.edits] == ["1"]
+    assert [skip.layer for skip in report.skips] == ["2"]
+    tests: dict[str, object] = {}
+    exec(compile(test_code, "docs/plugins.md", "exec"), tests)
+    for case in tests["test_contract"].pytestmark[0].args[1][:2]:
+        tests["test_contract"](*case.values)
+
+
+def test_the_recipe_of_the_docs_is_a_recipe():
+    from surgery.recipe import resolve
+
+    [text] = code_blocks("docs/recipes.md", "yaml")
+    assert len(resolve(yaml.safe_load(text), Registry.load()).steps) == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_hook_is_typed_described_and_in_the_docs():
+    names = [name for name in vars(hooks) if name.startswith("surgery_")]
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    for name in names:
+        function = getattr(hooks, name)
+        assert function.__doc__, name
+        assert "return" in function.__annotations__, name
+        assert f"`{name}()`" in text
+
+
+def test_the_readme_lists_every_built_in_pass_with_its_exactness():
+    table = dict(re.findall(r"\| `(\w+)` \|.*\| (yes|no) \|", (ROOT / "README.md").read_text()))
+    assert table == {name: "yes" if cls.exact else "no" for name, cls in Registry.load().passes.items()}
+
+
+def test_plugins_import_only_the_public_api():
+    for file in (ROOT / "plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "surgery":
+                assert node.module == "surgery", f"{file.name}: {node.module}"
+                assert {alias.name for alias in node.names} <= set(surgery.__all__), file.name
+
+
+def test_the_core_names_no_pass():
+    names = set(Registry.load().passes)
+    for file in (ROOT / "surgery").rglob("*.py"):
+        found = {n for n in names if re.search(rf"\b{n}\b", file.read_text())}
+        assert not found, f"{file.name}: {found}"
+
+
+def test_everything_public_is_there_and_described():
+    for name in surgery.__all__:
+        value = getattr(surgery, name)
+        assert name == "__version__" or name == "hookimpl" or value.__doc__, name
+
+
+def digits_data() -> tuple[torch.nn.Module, Data]:
+    from surgery.demo import digits, digits_cnn
+
+    torch.manual_seed(0)
+    images, labels = digits()
+    return digits_cnn(), Data(calibration=[images[:64]], evaluation=[(images[64:128], labels[64:128])])
+
+
+@pytest.mark.parametrize("name", sorted(Registry.load().recipes))
+def test_every_shipped_recipe_runs_and_its_file_matches_pytorch(name):
+    model, data = digits_data()
+    operation = surgery.operate(model, torch.rand(1, 1, 8, 8), name, data=data, latency_rounds=0)
+    assert any(report.edits for report in operation.reports)
+    assert all(parity.passed for parity in operation.verification.parity)
+    assert operation.plan.recipe.description
