@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
-    from .calibration import Moments as Moments
     from .calibration import Regression as Regression
+    from .calibration import Statistics as Statistics
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
     from .context import Context as Context
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .verification import verify as verify
 
 _HOME = {
-    "calibration": ("Calibration", "Moments", "Regression"),
+    "calibration": ("Calibration", "Regression", "Statistics"),
     "captured": ("CapturedModel", "capture"),
     "context": ("Context",),
     "data": ("Data",),

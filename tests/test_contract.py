@@ -22,7 +22,7 @@ VARIANTS = [
     ("depthwise_separable", {"include_first": True, "multiplier": 2, "calibrate": False}, ("conv_1d", "conv_3d")),
     ("depthwise_separable", {"sequential": True}, ("residual",)),
     ("depthwise_separable", {"norm_activation": True}, ("plain_cnn",)),
-    ("fold_batchnorm", {"exclude": ("BatchNorm2d",)}, ("conv_1d",)),
+    ("fold_batchnorm", {"exclude": ("1",)}, ("conv_1d",)),
 ]
 DEFAULTS = contract_cases([cls() for cls in PASSES.values()])
 OTHERS = [
@@ -37,7 +37,7 @@ def test_an_installed_pass_keeps_the_contract(step, network):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_every_installed_pass_edits_some_network(name):
-    assert edited_networks(PASSES[name]())
+    assert any(edited_networks(PASSES[name]()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def test_errors_of_the_sdk_pass_through_as_they_are(model):
     def refuses(model, context):
         raise RecipeError("no")
 
-    with pytest.raises(RecipeError, match="^no$"):
+    with pytest.raises(RecipeError, match=r"^no$"):
         apply(doing(refuses), model)
 
 

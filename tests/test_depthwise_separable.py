@@ -220,6 +220,15 @@ def test_the_fit_beats_the_nearest_weights_on_every_layer_and_in_turn_it_beats_b
     assert results["turn"][0] < results["fit"][0] < results["weights"][0]
 
 
+def test_in_turn_a_layer_without_a_counterpart_is_fitted_to_its_own_outputs() -> None:
+    other = capture(Net().eval(), images(2))
+    for node in list(other.graph.nodes):
+        node.name = f"{node.name}_renamed"
+    model = capture(Net().eval(), images(2))
+    _, report = DepthwiseSeparable(sequential=True)(model, Context(other, Data.of([images()])))
+    assert [edit.what.partition("fitted to ")[2] for edit in report.edits] == ["its outputs", "its outputs"]
+
+
 def test_norm_and_activation_start_near_the_layer_when_there_is_data() -> None:
     torch.manual_seed(0)
     before, plain, _ = rewrite(Net(), images(2), [images()], select=("wide",))

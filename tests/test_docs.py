@@ -34,20 +34,21 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
     plugin_code, test_code = code_blocks("docs/plugins.md", "python")
-    plugin = ModuleType("shrink_dropout")
-    monkeypatch.setitem(sys.modules, "shrink_dropout", plugin)
+    plugin = ModuleType("round_weights")
+    monkeypatch.setitem(sys.modules, "round_weights", plugin)
     exec(compile(plugin_code, "docs/plugins.md", "exec"), plugin.__dict__)
     registry = Registry.load([plugin])
-    assert "remove_dropout" in registry.passes
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1), torch.nn.Dropout(0.5))
-    recipe = {"name": "d", "passes": [{"remove_dropout": {"below": 0.3}}]}
+    assert "round_weights" in registry.passes
+    shared = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), shared, shared)
+    recipe = {"name": "d", "passes": [{"round_weights": {"bits": 4}}]}
     operation = surgery.operate(model, torch.rand(1, 4), recipe, registry=registry, latency_rounds=0)
     [report] = operation.reports
-    assert [edit.layer for edit in report.edits] == ["1"]
-    assert [skip.layer for skip in report.skips] == ["2"]
+    assert [edit.layer for edit in report.edits] == ["0"]
+    assert [skip.layer for skip in report.skips] == ["1", "2"]
     tests: dict[str, object] = {}
     exec(compile(test_code, "docs/plugins.md", "exec"), tests)
-    for case in tests["test_contract"].pytestmark[0].args[1][:2]:
+    for case in tests["test_contract"].pytestmark[0].args[1][:20]:
         tests["test_contract"](*case.values)
 
 

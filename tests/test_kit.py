@@ -52,7 +52,7 @@ class Coarsen(Pass):
 def test_a_good_pass_keeps_every_rule():
     report = check_pass(Coarsen(), LINE)
     assert [edit.layer for edit in report.edits] == ["0", "2"]
-    assert edited_networks(Coarsen(), [LINE]) == ["line"]
+    assert list(edited_networks(Coarsen(), [LINE])) == ["line"]
 
 
 def test_a_pass_without_edits_keeps_every_rule():
@@ -64,7 +64,7 @@ def test_a_pass_without_edits_keeps_every_rule():
             return PassReport(skips=(Skip("0", "lazy"),))
 
     assert not check_pass(Idle(), LINE).modified
-    assert edited_networks(Idle(), [LINE]) == []
+    assert list(edited_networks(Idle(), [LINE])) == []
 
 
 class Bad(Pass):

@@ -20,7 +20,7 @@ from surgery import Edit, Pass, PassReport, RecipeError, Skip, hookimpl
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery import CapturedModel, Context, Layer, Moments, Regression
+    from surgery import CapturedModel, Context, Layer, Regression, Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class DepthwiseSeparable(Pass):
     """Rewrite convolutions as a depthwise and a pointwise one.
 
     MobileNets (Howard et al. 2017, arXiv:1704.04861, section 3.1). With calibration data the new weights minimise the
-    error of the layer's outputs, otherwise that of its weights. Either way the network usually wants training
-    afterwards, and with `norm_activation` it needs it.
+    error of the layer's outputs, otherwise that of its weights; with `sequential` they also make up for the layers
+    before. The network usually wants training afterwards, and with `norm_activation` it needs it.
     """
 
     multiplier: Annotated[int, Field(ge=1, description="depthwise kernels per input channel")] = 1
@@ -43,9 +43,8 @@ class DepthwiseSeparable(Pass):
 
     def __post_init__(self) -> None:
         if self.sequential and self.calibrate is False:
-            raise RecipeError(
-                "sequential: true fits the outputs, which calibrate: false forbids", at=f"pass {self.name()}"
-            )
+            problem = "sequential: true fits the outputs, which calibrate: false forbids"
+            raise RecipeError(problem, at=f"pass {self.name()}", fix="drop one of the two")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         if self.calibrate or self.sequential:
@@ -76,19 +75,18 @@ class DepthwiseSeparable(Pass):
             return "first convolution of the network (include_first: true rewrites it)"
         before = sum(p.numel() for p in module.parameters())
         after = parameters_after(module, self.multiplier, self.norm_activation)
-        return (
-            f"would not shrink: {before} parameters, {after} afterwards"
-            if after >= before
-            else surgery.tied(model, layer)
-        )
+        if after >= before:
+            return f"would not shrink: {before} parameters, {after} afterwards"
+        return surgery.tied(model, layer)
 
     def _rewrite_at_once(self, model: CapturedModel, chosen: list[Layer], context: Context) -> list[Edit]:
         """All layers from the statistics of the model as it was."""
         if context.has_calibration:
+            near = "weights" if self.calibrate is False else "outputs"
             found = context.calibration.stream(model, chosen, ("gram",))
-            made = [self._made(layer, _own_outputs(layer, statistics.unfolded)) for layer, statistics in found]
+            made = [self._made(layer, near, _own_outputs(layer, statistics)) for layer, statistics in found]
         else:
-            made = [self._made(layer, None) for layer in chosen]
+            made = [self._made(layer, "weights", None) for layer in chosen]
         for layer, (parts, _) in zip(chosen, made, strict=True):
             surgery.replace_layer(model, layer, parts)
         return [edit for _, edit in made]
@@ -98,39 +96,44 @@ class DepthwiseSeparable(Pass):
         edits = []
         for number, layer in enumerate(chosen):
             context.progress(self.name(), number, len(chosen))
-            parts, edit = self._made(layer, context.calibration.compare(model, [layer])[layer.name])
+            if all(context.calibration.aim(node) for node in layer.nodes):
+                near, task = "outputs in the original", context.calibration.compare(model, [layer])[layer.name]
+            else:
+                statistics = context.calibration.collect(model, [layer], ("gram",))[layer.name]
+                near, task = "outputs", _own_outputs(layer, statistics)
+            parts, edit = self._made(layer, near, task)
             surgery.replace_layer(model, layer, parts)
             edits.append(edit)
         return edits
 
-    def _made(self, layer: Layer, task: Regression | None) -> tuple[dict[str, nn.Module], Edit]:
-        """The parts that take the layer's place, and the report of it."""
+    def _made(self, layer: Layer, near: str, task: Regression | None) -> tuple[dict[str, nn.Module], Edit]:
+        """The parts that take the layer's place, near to its weights or to the outputs in `task`, and the report."""
         from torch import nn
 
         from .modules import factored, norm_between
 
-        fits = task is not None and self.calibrate is not False
+        fits = near != "weights"
         depthwise, pointwise, errors = factored(layer.module, self.multiplier, task, self.iterations if fits else None)
         parts = {"depthwise": depthwise, "pointwise": pointwise}
         if self.norm_activation:
             errors.pop("output_error", None)  # ReLU changes it
             norm = norm_between(depthwise, pointwise, task if fits else None)
             parts = {"depthwise": depthwise, "norm": norm, "activation": nn.ReLU(), "pointwise": pointwise}
-        return parts, Edit(layer.name, self._described(layer, fits), {**errors, **_counts(layer, parts)})
-
-    def _described(self, layer: Layer, fits: bool) -> str:
-        module: Any = layer.module
-        near = ("what its outputs were" if self.sequential else "its outputs") if fits else "its weights"
-        norm = "BatchNorm, ReLU and " if self.norm_activation else ""
-        gains = ", which gains a bias" if fits and module.bias is None else ""
-        return f"depthwise {'x'.join(map(str, module.kernel_size))}, {norm}pointwise, fitted to {near}{gains}"
+        gains = ", which gains a bias" if layer.module.bias is None and pointwise.bias is not None else ""
+        what = f"{', '.join(parts)} with {_kernel(layer)} kernels, fitted to its {near}{gains}"
+        return parts, Edit(layer.name, what, {**errors, **_counts(layer, parts)})
 
 
-def _own_outputs(layer: Layer, inputs: Moments) -> Regression:
+def _kernel(layer: Layer) -> str:
+    module: Any = layer.module
+    return "x".join(map(str, module.kernel_size))
+
+
+def _own_outputs(layer: Layer, statistics: Statistics) -> Regression:
     """The task of giving the layer's own outputs on its own inputs."""
     module: Any = layer.module
     bias = None if module.bias is None else module.bias.unsqueeze(0)
-    return inputs.regression(module.weight.flatten(1).unsqueeze(0), bias)
+    return statistics.unfolded.regression(module.weight.flatten(1).unsqueeze(0), bias)
 
 
 def _counts(layer: Layer, parts: dict[str, nn.Module]) -> dict[str, int]:

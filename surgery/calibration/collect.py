@@ -39,8 +39,8 @@ class Statistics:
     def has(self, want: Want) -> bool:
         if want == "gram":
             return self.gram_bytes > 0
-        fields = {"mean": self.input, "moments": self.output, "ranges": self.output_range}
-        return fields.get(want, self.output_histogram) is not None
+        held = {"mean": self.input, "moments": self.output, "ranges": self.output_range}
+        return held.get(want, self.output_histogram) is not None
 
     @property
     def unfolded(self) -> Moments:

@@ -80,7 +80,7 @@ def _target(aim: Aim, own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], c
 def aim_of(original: fx.GraphModule, node: fx.Node) -> Aim | None:
     """See `Calibration.aim`."""
     target = counterpart(original, node)
-    if target is None:
+    if target is None or ("tensor_meta" in node.meta and shape(node) != shape(target)):
         return None
     user = next(iter(node.users))
     if len(node.users) == 1 and user.target is torch.ops.aten.add.Tensor and not user.kwargs:

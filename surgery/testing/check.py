@@ -73,14 +73,12 @@ def contract_cases(steps: Iterable[Pass], networks: Iterable[Network] = tuple(NE
     return [pytest.param(step, network, id=f"{_label(step)}-{network}") for step in steps for network in networks]
 
 
-def edited_networks(step: Pass, networks: Iterable[Network] = tuple(NETWORKS.values())) -> list[str]:
+def edited_networks(step: Pass, networks: Iterable[Network] = tuple(NETWORKS.values())) -> Iterator[str]:
     """Names of the networks on which `step` makes an edit. A pass that edits none of them has not been tested."""
-    names = []
     for network in networks:
         _, before = _prepared(network)
         if step(before, Context(before, Data.of(network.calibration())))[1].modified:
-            names.append(network.name)
-    return names
+            yield network.name
 
 
 def _label(step: Pass) -> str:
