@@ -332,7 +332,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if torch.equal(actual, expected) or not expected.numel():
         return 0.0
     same = torch.equal(actual.isnan(), expected.isnan())
-    a, e = actual.double().nan_to_num(), expected.double().nan_to_num()
+    a, e = actual.detach().double().nan_to_num(), expected.detach().double().nan_to_num()
     return float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) if same else float("inf")
 
 

@@ -440,4 +440,4 @@ def _is_no_op(node: fx.Node) -> bool:
 
 
 def _kept_meta(node: fx.Node) -> dict[str, Any]:
-    return {"module_path": module_path(node), "stack_trace": node.meta.get("stack_trace", "")}
+    return {"module_path": module_path(node)}

@@ -48,7 +48,7 @@ def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
     assert [skip.layer for skip in report.skips] == ["1", "2"]
     tests: dict[str, object] = {}
     exec(compile(test_code, "docs/plugins.md", "exec"), tests)
-    for case in tests["test_contract"].pytestmark[0].args[1][:20]:
+    for case in tests["test_contract"].pytestmark[0].args[1][:4]:
         tests["test_contract"](*case.values)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -47,21 +49,33 @@ def export_source(
 
     Raises:
         ExportError: a layer or operator that cannot be written as plain source, or the result deviates; the message
-            names the node or class and who must act.
+            names the node or class and who must act. Or the files cannot be written.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     paths = target / f"{name}.py", target / f"{name}.safetensors"
+    try:
+        _write(model, target, paths, source(model, name=name, header=header))
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{paths[0]} and its weights cannot be written: {getattr(error, 'strerror', None) or error}",
+            fix="check that the folder is writable and has room; older files there are untouched",
+        ) from error
+    return paths
+
+
+def _write(model: CapturedModel, target: Path, paths: tuple[Path, Path], text: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    name = paths[0].stem
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target) as scratch:
         written = [Path(scratch) / path.name for path in paths]
-        written[0].write_text(source(model, name=name, header=header), encoding="utf-8")
+        written[0].write_text(text, encoding="utf-8")
         save_file(_weights(model), str(written[1]))
+        shutil.copymode(written[0], written[1])  # safetensors lets nobody else read
         _check(model, written[0])
         for new, path in reversed([*zip(written, paths, strict=True)]):
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
-    return paths
 
 
 def source(model: CapturedModel, *, name: str = "model", header: Mapping[str, str] | None = None) -> str:
