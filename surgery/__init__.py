@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from .graph import followers as followers
     from .graph import layers as layers
     from .graph import replace_layer as replace_layer
-    from .graph import set_module as set_module
     from .graph import shape as shape
     from .graph import sharing as sharing
     from .graph import tied as tied
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from .inputs import Inputs as Inputs
     from .loading import load as load
     from .measurement import measure as measure
+    from .names import set_module as set_module
     from .passes import Edit as Edit
     from .passes import Pass as Pass
     from .passes import PassReport as PassReport
@@ -72,11 +72,12 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "set_module", "shape", "sharing", "tied"),
+    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),
     "measurement": ("measure",),
+    "names": ("set_module",),
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
     "registry": ("Registry",),

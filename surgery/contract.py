@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .captured import CapturedModel, relative_error
 from .errors import PassError, PluginError
-from .graph import leaf_inputs, propagate, remove_unused, tensors
+from .graph import leaf_inputs, propagate, remove_unused
+from .names import tensors
 from .passes import PassReport
 
 if TYPE_CHECKING:

@@ -42,6 +42,12 @@ def functionalise(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             _replace_write(module.graph, node, position)
+        elif node.op == "get_attr" and node.users:
+            raise CaptureError(
+                f"the model uses {next(iter(node.users)).target}, whose branches are graphs of their own",
+                at=source_line(next(iter(node.users))),
+                fix="compute every branch and choose with torch.where",
+            )
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -230,5 +236,6 @@ def _unsupported(node: fx.Node, what: str) -> CaptureError:
 
 def source_line(node: fx.Node) -> str:
     """File and line of the user's code that made `node`, or its name where that is not known."""
-    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File")]
-    return lines[-1].replace('File "', "").replace('", line ', ":").split(", in ")[0] if lines else node.name
+    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
+    places = [line for line in lines if line.startswith('File "') and not line.startswith('File "<')]
+    return places[-1].removeprefix('File "').replace('", line ', ":").split(", in ")[0] if places else node.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +14,8 @@ from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .inputs import Inputs
+from .names import get_attribute, set_module
+from .vocabulary import stand_in
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class Layer:
 
 def layers(model: fx.GraphModule) -> list[Layer]:
     """Every layer that owns parameters or running statistics, in order of first execution."""
-    from .raising import stand_in
-
     found: dict[str, Layer] = {}
     for node in model.graph.nodes:
         functional = node.op == "call_function"
@@ -85,27 +85,6 @@ def tied(model: fx.GraphModule, layer: Layer) -> str | None:
     readers = {n for n in model.graph.nodes if n.op == "get_attr" and id(get_attribute(model, str(n.target))) in own}
     outside = [user for reader in readers for user in reader.users if user not in layer.nodes]
     return f"shares its parameters with node {outside[0].name}" if outside else None
-
-
-def get_attribute(model: nn.Module, name: str) -> Any:
-    """The module, parameter or buffer at the dotted `name`."""
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Register `module` at the dotted `name`, making containers on the way."""
-    *path, leaf = name.split(".")
-    parent = model
-    for part in path:
-        if part not in parent._modules:
-            parent.add_module(part, nn.Module())
-        child = parent._modules[part]
-        assert child is not None
-        parent = child
-    parent.add_module(leaf, module)
 
 
 def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Module]) -> None:
@@ -229,12 +208,3 @@ def retarget(graph: fx.Graph, device: torch.device) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             node.args, node.kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, shared ones under each name, non-persistent buffers included."""
-    named: Iterable[tuple[str, Tensor]] = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
-    return dict(named)

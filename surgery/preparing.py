@@ -10,9 +10,23 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError
-from .graph import tensors
+from .names import tensors
 
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _COMPUTING_HOOKS = ("WeightNorm", "SpectralNorm")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers.
+
+    Raises:
+        CaptureError: TorchScript, which has no Python to follow.
+    """
+    while inner := next((key for cls, key in _WRAPPERS.items() if type(model).__name__ == cls), None):
+        model = model.get_submodule(inner)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{type(model).__name__} is TorchScript", fix="give the Python model it was made from")
+    return model
 
 
 def private_copy(model: nn.Module) -> nn.Module:

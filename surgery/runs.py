@@ -23,8 +23,8 @@ from torch import nn
 
 from .captured import CapturedModel
 from .errors import RunError
-from .graph import tensors
 from .inputs import Inputs
+from .names import tensors
 from .passes import Edit, PassReport, Skip
 from .recipe import Plan
 from .state import load_state, save_state

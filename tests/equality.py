@@ -8,8 +8,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from surgery.captured import capture
-from surgery.graph import tensors
 from surgery.inputs import Inputs
+from surgery.names import tensors
 
 
 def call(model, value, seed=0):

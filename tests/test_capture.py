@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 from surgery.captured import capture
-from surgery.graph import shape, tensors
+from surgery.graph import shape
+from surgery.names import tensors
 from surgery.testing import NETWORKS, randomise
 
 
@@ -401,6 +402,25 @@ def test_a_fixed_batch_is_captured_and_said():
     captured = assert_captured(Fixed(), torch.randn(4, 3))
     assert not captured.dynamic_batch
     assert captured.notes[0].startswith("batch size fixed at 4: ")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * torch.tensor(x.tolist()).sum(),
+        lambda x: x + torch.zeros(len(x), 1),
+        lambda x: x.view(2, 3, 1) if x.shape[0] == 2 else x.sum(),
+    ],
+    ids=["list", "len", "other_path"],
+)
+def test_what_holds_for_one_batch_size_alone_fixes_the_batch(function):
+    class Model(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    captured = assert_captured(Model(), torch.randn(2, 3), trains=False)
+    assert not captured.dynamic_batch
+    assert captured.notes[0].startswith("batch size fixed at 2: ")
 
 
 def test_an_input_without_batch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -58,18 +59,37 @@ def test_a_number_taken_from_a_tensor_is_a_decision_too():
     assert "test_capture_refusals.py:" in error.at
 
 
-def values_of_one_batch(model, x):
-    return x * torch.tensor(x.tolist()).sum()
+def test_a_value_kept_from_the_first_call_is_refused():
+    def first_value_ever(model, x):
+        model.first = getattr(model, "first", None) or float(x.detach().numpy().max())
+        return x * model.first
+
+    error = refused(Function(first_value_ever), torch.randn(2, 3), "the graph deviates from the model")
+    assert ".numpy()" in error.fix
 
 
-def first_value_ever(model, x):
-    model.first = getattr(model, "first", None) or float(x.detach().numpy().max())
-    return x * model.first
+def test_branches_that_are_graphs_of_their_own_are_refused_with_the_line():
+    def branches(model, x):
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    error = refused(Function(branches), torch.randn(2, 3), "uses cond")
+    assert "test_capture_refusals.py:" in error.at
+    assert "torch.where" in error.fix
 
 
-@pytest.mark.parametrize("function", [values_of_one_batch, first_value_ever])
-def test_values_that_would_become_constants_are_refused(function):
-    assert ".tolist()" in refused(Function(function), torch.randn(2, 3), "the graph deviates from the model").fix
+def test_a_result_of_an_unknown_class_is_refused_with_the_remedy():
+    @dataclass
+    class Result:
+        logits: torch.Tensor
+
+    error = refused(Function(lambda model, x: Result(x)), torch.randn(2, 3), "not a known type")
+    assert "register_dataclass" in error.fix
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused():
+    error = refused(torch.jit.trace(nn.Linear(3, 3), torch.randn(2, 3)), torch.randn(2, 3), "is TorchScript")
+    assert "Python model" in error.fix
 
 
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[:, 0].zero_(), lambda x: F.relu(x, inplace=True)])

@@ -10,7 +10,8 @@ from equality import assert_captured, assert_same, assert_trains_alike, call
 from torch import nn
 
 from surgery.captured import CapturedModel, capture
-from surgery.graph import shape, tensors
+from surgery.graph import shape
+from surgery.names import tensors
 from surgery.testing import NETWORKS
 
 
@@ -243,3 +244,10 @@ def test_a_buffer_built_on_the_first_call_is_captured():
     captured = capture(model, x)
     assert not hasattr(model, "table")
     assert_same(call(captured, x), call(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_are_taken_off(wrap, model):
+    captured = capture(wrap(model), torch.randn(2, 3))
+    assert captured.state_dict().keys() == model.state_dict().keys()

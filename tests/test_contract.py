@@ -11,7 +11,8 @@ from torch import nn
 
 from surgery import Context, Edit, InputError, Pass, PassError, PassReport, PluginError, RecipeError, Registry, Skip
 from surgery.contract import snapshot
-from surgery.graph import layers, shape, tensors
+from surgery.graph import layers, shape
+from surgery.names import tensors
 from surgery.passes import check_class
 from surgery.testing import NETWORKS, check_pass, contract_cases, edited_networks, networks
 

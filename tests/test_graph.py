@@ -13,19 +13,17 @@ from surgery.graph import (
     Layer,
     bypass,
     followers,
-    get_attribute,
     layers,
     leaf_inputs,
     matches,
     propagate,
     remove_unused,
     replace_layer,
-    set_module,
     shape,
     sharing,
-    tensors,
     tied,
 )
+from surgery.names import get_attribute, set_module, tensors
 from surgery.testing import NETWORKS
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery.testing
 from surgery import Edit, Pass, PassReport, Skip, layers, set_module
-from surgery.graph import tensors
+from surgery.names import tensors
 from surgery.testing import NETWORKS, RULES, Network, check_pass, contract_cases, edited_networks, networks
 
 LINE = Network(

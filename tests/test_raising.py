@@ -9,8 +9,10 @@ from equality import assert_captured
 from torch import fx, nn
 
 from surgery.captured import capture
-from surgery.raising import arguments, module_path, stand_in, submodule
+from surgery.names import submodule
+from surgery.raising import module_path
 from surgery.testing import NETWORKS, randomise
+from surgery.vocabulary import arguments, stand_in
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from surgery.captured import CapturedModel, capture
 from surgery.errors import ExportError, ModelError
 from surgery.export.source import export_source, source
-from surgery.graph import set_module
 from surgery.loading import load
+from surgery.names import set_module
 from surgery.state import load_state, save_state
 from surgery.state.encoding import decode_target
 

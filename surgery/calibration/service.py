@@ -20,8 +20,9 @@ from torch import fx
 from ..captured import CapturedModel
 from ..context import Progress, silent
 from ..errors import PluginError
-from ..graph import Layer, tensors
+from ..graph import Layer
 from ..inputs import Inputs
+from ..names import tensors
 from ..tracing import evaluating
 from .batches import checked_batches
 from .collect import Collector, Gatherer, Item, Statistics, Values, Want, gram_bytes, placed

@@ -131,8 +131,9 @@ def _node(node: fx.Node) -> NodeRecord:
 
 
 def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `meta` is text, a number or None; shapes are computed anew when the state is loaded."""
-    return {key: encode(value) for key, value in meta.items() if isinstance(value, str | int | float | None)}
+    """What of `meta` is text, a number or None. Shapes are computed anew; stack traces name files of this machine."""
+    kept = {key: value for key, value in meta.items() if isinstance(value, str | int | float | None)}
+    return {key: encode(value) for key, value in kept.items() if key != "stack_trace"}
 
 
 def _signature(graph: fx.Graph) -> Signature:

@@ -6,7 +6,8 @@ import json
 import math
 from dataclasses import replace
 
-from ..graph import layers, tensors
+from ..graph import layers
+from ..names import tensors
 from ..passes import Edit, PassReport, Skip
 from .trial import Trial, assert_same_outputs, first_difference, state_of
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..captured import CapturedModel, relative_error
 from ..context import Context
 from ..data import Data
-from ..graph import tensors
+from ..names import tensors
 from ..passes import Pass, PassReport
 from .network import Network
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from surgery.captured import CapturedModel, capture, relative_error
-from surgery.graph import tensors
+from surgery.names import tensors
 
 TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
 STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")

@@ -1,0 +1,139 @@
+"""Whether a graph gives what its model gives, on the example and on other numbers in another batch size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import CaptureError
+from .graph import propagate
+from .inputs import Inputs
+from .names import tensors
+from .preparing import twin
+from .tracing import evaluating, first_line, user_line
+
+# A captured graph calls the very operators of the model; rounding may differ only where a region was recomputed.
+RELATIVE_BOUND = 1e-5
+
+Known = tuple[Inputs, list[Tensor]]
+"""Inputs, and the flat output tensors of the model itself."""
+
+
+def forward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Flat output tensors of the model itself in eval mode.
+
+    Raises:
+        CaptureError: the model fails, or writes to its inputs or to its state.
+    """
+    given = inputs.clone()
+    watched = {**{f"input {k}": t for k, t in given.named_tensors.items()}, **tensors(model)}
+    versions = {name: t._version for name, t in watched.items()}
+    try:
+        with evaluating(model):
+            output = model(*given.args, **given.kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"the model itself fails on the example inputs: {type(error).__name__}: {first_line(error)}",
+            at=user_line(error),
+            fix=f"give inputs the model accepts; these are {_shapes(given)}",
+        ) from error
+    now = tensors(model)
+    written = [name for name, t in watched.items() if t._version != versions[name] or now.get(name, t) is not t]
+    if written:
+        raise CaptureError(
+            f"the model writes to {', '.join(written)} in its forward",
+            fix="work on a copy (x = x.clone()), and update state outside the forward or in training mode alone",
+        )
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, str]:
+    """Other numbers in another batch size with the model's outputs; or None and why the model takes none."""
+    reason = ""
+    for size in (inputs.batch_size + 2, 2 * inputs.batch_size):
+        for other in (varied(inputs.with_batch(size)), inputs.with_batch(size)):
+            try:
+                return (other, forward(twin(model), other)), ""
+            except CaptureError as error:
+                reason = reason or f"at {size}, {error.problem}"
+    return None, reason
+
+
+def on_other_numbers(model: nn.Module, inputs: Inputs) -> list[Known]:
+    """Other numbers in the example's batch size with the model's outputs, unless the model does not take them."""
+    try:
+        return [(varied(inputs), forward(twin(model), varied(inputs)))]
+    except CaptureError:
+        return []
+
+
+def varied(inputs: Inputs) -> Inputs:
+    """The same numbers mixed, and some up to halved; whole numbers may be indices or lengths and stay."""
+    return inputs.map(lambda t: _varied(t) if t.is_floating_point() else t)
+
+
+def _varied(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    factors = 0.5 + torch.rand(tensor.shape, generator=generator) / 2
+    return tensor.flatten()[order].view(tensor.shape) * factors.to(tensor)
+
+
+def compare(graph: fx.GraphModule, model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
+    """Largest deviation relative to the largest expected value; shapes are noted on the nodes.
+
+    Raises:
+        CaptureError: the graph does not run, has other outputs, or deviates; or the model is random.
+    """
+    try:
+        actual = [v for v in propagate(graph, inputs) if isinstance(v, Tensor)]
+    except Exception as error:
+        raise CaptureError(
+            f"the graph does not run: {type(error).__name__}: {first_line(error)}", fix=_CONSTANTS
+        ) from error
+    if [*map(_kind, actual)] != [*map(_kind, expected)]:
+        raise CaptureError(
+            f"the graph gives {[*map(_kind, actual)]}, the model {[*map(_kind, expected)]}", fix=_CONSTANTS
+        )
+    deviation = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+    if deviation:
+        _refuse_randomness(model, inputs, expected)
+    if not deviation <= RELATIVE_BOUND:
+        raise CaptureError(
+            f"the graph deviates from the model by {deviation:.2e} of its largest output (bound {RELATIVE_BOUND:g})",
+            fix=_CONSTANTS,
+        )
+    return deviation
+
+
+_CONSTANTS = (
+    "Python state and what .tolist() or .numpy() take out of a tensor become constants in a graph;"
+    " use tensor operators, and report the model if it has none of these"
+)
+
+
+def _refuse_randomness(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
+    again = forward(twin(model), inputs)
+    if any(relative_error(a, e) for a, e in zip(again, expected, strict=True)):
+        raise CaptureError(
+            "two calls of the model in eval mode with the same inputs differ",
+            fix="make the forward deterministic in eval mode (dropout with training=self.training, no noise)",
+        )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value; infinite where only one of the two is NaN."""
+    if torch.equal(actual, expected) or not expected.numel():
+        return 0.0
+    same = torch.equal(actual.isnan(), expected.isnan())
+    a, e = actual.detach().double().nan_to_num(), expected.detach().double().nan_to_num()
+    return float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) if same else float("inf")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(f"{name} {_kind(t)}" for name, t in inputs.named_tensors.items())
