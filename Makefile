@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/surgery demo --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ the output channels of W.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,31 +31,28 @@ class FoldBatchnorm(Pass):
     exact: ClassVar[bool] = True
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
-        norms = [layer for layer in surgery.layers(model) if layer.type.startswith("BatchNorm")]
-        results = [_treated(model, norm, node) for norm in self.selected(norms) for node in norm.nodes]
-        edits = tuple(result for result in results if isinstance(result, Edit))
-        return PassReport(edits, tuple(result for result in results if isinstance(result, Skip)))
+        edits: list[Edit] = []
+        skips: list[Skip] = []
+        layers = surgery.layers(model)
+        producers = _producers(layers)
+        for norm in self.selected(layer for layer in layers if layer.type.startswith("BatchNorm")):
+            for node in norm.nodes:
+                before = producers.get(node.args[0])
+                why = _obstacle(model, norm, node, before) if before else "follows no convolution or linear layer"
+                if before is None or why:
+                    skips.append(Skip(norm.name, why or ""))
+                    continue
+                gains = ", which gains a bias" if before.module.bias is None else ""
+                _fold(model, before, norm, node)
+                edits.append(Edit(norm.name, f"folded into {before.name}{gains}"))
+                if before.functional:  # it is another node now
+                    producers = _producers(surgery.layers(model))
+        return PassReport(tuple(edits), tuple(skips))
 
 
-def _treated(model: CapturedModel, norm: Layer, node: fx.Node) -> Edit | Skip:
-    """Fold `norm` at its call `node` where that is exact, else say why not."""
-    before = _layer_before(model, node)
-    if before is None:
-        return Skip(norm.name, "follows no convolution or linear layer")
-    why = _obstacle(model, norm, node, before)
-    if why:
-        return Skip(norm.name, why)
-    gains = ", which gains a bias" if before.module.bias is None else ""
-    _fold(model, before, norm, node)
-    return Edit(norm.name, f"folded into {before.name}{gains}")
-
-
-def _layer_before(model: CapturedModel, node: fx.Node) -> Layer | None:
-    """The layer whose output `node` normalises, if it is one that takes a scale per output channel."""
-    for layer in surgery.layers(model):
-        if node.args[0] in layer.nodes and layer.type.startswith(("Conv", "Linear")):
-            return layer
-    return None
+def _producers(layers: Iterable[Layer]) -> dict[Any, Layer]:
+    """Calls of layers that take a scale per output channel."""
+    return {node: layer for layer in layers if layer.type.startswith(("Conv", "Linear")) for node in layer.nodes}
 
 
 def _obstacle(model: CapturedModel, norm: Layer, node: fx.Node, before: Layer) -> str | None:

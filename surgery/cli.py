@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ import click
 
 from . import __version__
 from .errors import BudgetError, SurgeryError
+from .terminal import flat_table, print_result, progress_bars, range_in_words
 
 if TYPE_CHECKING:
-    from .context import Progress
     from .pipeline import Operation
-    from .report import Table
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
@@ -88,7 +86,7 @@ def run(
 
     model, inputs = _model(model_name, weights, shapes)
     data = _data(data_name)
-    with _progress(quiet=as_json) as progress:
+    with progress_bars(quiet=as_json) as progress:
         operation = operate(model, inputs, recipe, data=data, out=out, resume=resume, device=device, progress=progress)
     _show_operation(operation, as_json)
 
@@ -105,9 +103,9 @@ def inspect(
     from .registry import Registry
 
     model, inputs = _model(model_name, weights, shapes)
-    with _progress(quiet=as_json) as progress:
+    with progress_bars(quiet=as_json) as progress:
         findings = look(model, inputs, Registry.load(), pass_names, progress)
-    _print(findings.to_dict(), findings.tables(), as_json)
+    print_result(findings.to_dict(), findings.tables(), as_json)
 
 
 @cli.command()
@@ -123,7 +121,7 @@ def passes(as_json: bool) -> None:
         for name, cls in registry.passes.items()
     )
     keys = ("pass", "exactness", "summary", "plugin")
-    _print([dict(zip(keys, row, strict=True)) for row in rows], [Table("Passes", keys, rows)], as_json)
+    print_result([dict(zip(keys, row, strict=True)) for row in rows], [Table("Passes", keys, rows)], as_json)
 
 
 @cli.command()
@@ -136,7 +134,7 @@ def recipes(as_json: bool) -> None:
 
     registry = Registry.load()
     rows = tuple((name, resolve(name, registry).recipe.description) for name in registry.recipes)
-    _print(
+    print_result(
         [{"recipe": n, "description": d} for n, d in rows],
         [Table("Recipes", ("recipe", "when to use it"), rows)],
         as_json,
@@ -155,12 +153,12 @@ def show(name: str, as_json: bool) -> None:
     cls = Registry.load().find_pass(name)
     schema = adapter(cls).json_schema()
     rows = tuple(
-        (key, json.dumps(option.get("default")), _range(option), option.get("description", ""))
+        (key, json.dumps(option.get("default")), range_in_words(option), option.get("description", ""))
         for key, option in schema["properties"].items()
     )
     if not as_json:
         click.echo(f"{name}\n\n{cls.__doc__}\n")
-    _print(
+    print_result(
         {"pass": name, "doc": cls.__doc__, "options": schema},
         [Table("Options", ("option", "default", "type", "meaning"), rows)],
         as_json,
@@ -190,7 +188,7 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
         raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data MODULE:FUNCTION")
     batches = _data(data_name) if data_name else [inputs_from(shapes)]
     verification = compare(reference, candidate, batches)
-    _print(verification.to_dict(), [_flat("Verification", verification.to_dict())], as_json)
+    print_result(verification.to_dict(), [flat_table("Verification", verification.to_dict())], as_json)
     if not verification.passed:
         raise BudgetError("the models do not agree within the bound")
 
@@ -217,7 +215,7 @@ def demo(out: Path, as_json: bool) -> None:
     """Train a small CNN on scikit-learn's digits, operate on it, prove it, and show the result."""
     from .demo import run_demo
 
-    with _progress(quiet=as_json) as progress:
+    with progress_bars(quiet=as_json) as progress:
         operation = run_demo(out, progress)
     _show_operation(operation, as_json)
 
@@ -249,71 +247,11 @@ def _show_operation(operation: Operation, as_json: bool) -> None:
 
     summary, timings = report.summary(operation), report.timings(operation)
     shown = report.tables(summary, timings)
-    _print({**summary, "timings": timings}, [shown[0], *shown[2:], shown[1]], as_json)
+    print_result({**summary, "timings": timings}, [shown[0], *shown[2:], shown[1]], as_json)
     if operation.folder and not as_json:
         click.echo(f"\nFiles: {operation.folder}")
     if not operation.passed:
         raise BudgetError("the result breaks the recipe's budget", fix="see the report; the files are kept")
-
-
-def _print(value: Any, tables: Sequence[Table], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console()
-    for table in tables:
-        drawn = RichTable(title=table.title, title_justify="left")
-        for column in table.columns:
-            drawn.add_column(column, overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-
-
-def _flat(title: str, value: dict[str, Any], prefix: str = "") -> Table:
-    from .report import Table
-
-    rows: list[tuple[str, str]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            rows += [(row[0], row[1]) for row in _flat("", item, f"{prefix}{key}.").rows]
-        elif item is not None:
-            rows.append((f"{prefix}{key}", str(item)))
-    return Table(title, ("question", "answer"), tuple(rows))
-
-
-def _range(option: dict[str, Any]) -> str:
-    kinds = [o.get("type", "") for o in option.get("anyOf", [option])]
-    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    found = [f"{sign} {o[key]:g}" for o in option.get("anyOf", [option]) for key, sign in limits.items() if key in o]
-    return " ".join([" or ".join(kinds), *found, *map(str, option.get("enum", []))])
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=max(total, 1))
-            bar.update(tasks[what], completed=done, total=max(total, 1))
-
-        yield progress
 
 
 def main() -> None:

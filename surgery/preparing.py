@@ -42,7 +42,9 @@ def private_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {error}",
             fix="give a model that copy.deepcopy accepts (no open files, locks, or tensors with history in lists)",
         ) from error
-    return private.train().eval()  # layers that cache what they compute in eval mode empty the cache in train()
+    private.train()  # layers that cache what they compute in eval mode empty the cache here
+    private.eval()
+    return private
 
 
 def twin(model: nn.Module) -> nn.Module:

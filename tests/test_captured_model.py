@@ -251,3 +251,12 @@ def test_a_buffer_built_on_the_first_call_is_captured():
 def test_wrappers_are_taken_off(wrap, model):
     captured = capture(wrap(model), torch.randn(2, 3))
     assert captured.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_train_method_that_returns_nothing_is_no_obstacle():
+    class Backbone(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model, x = Backbone(nn.Linear(3, 3)), torch.randn(2, 3)
+    assert_same(call(capture(model, x), x), call(model, x))

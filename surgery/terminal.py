@@ -1,0 +1,78 @@
+"""Tables and progress bars on a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .context import Progress
+    from .report import Table
+
+
+def print_result(value: Any, tables: Sequence[Table], as_json: bool) -> None:
+    """JSON for machines, tables for people."""
+    if as_json:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables:
+        drawn = RichTable(title=table.title, title_justify="left")
+        for column in table.columns:
+            drawn.add_column(column, overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
+def flat_table(title: str, value: dict[str, Any], prefix: str = "") -> Table:
+    """A nested dict as rows of dotted keys; None is left out."""
+    from .report import Table
+
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            rows += [(row[0], row[1]) for row in flat_table("", item, f"{prefix}{key}.").rows]
+        elif item is not None:
+            rows.append((f"{prefix}{key}", str(item)))
+    return Table(title, ("question", "answer"), tuple(rows))
+
+
+def range_in_words(option: dict[str, Any]) -> str:
+    """Type and limits of an option from its JSON Schema."""
+    kinds = [o.get("type", "") for o in option.get("anyOf", [option])]
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [f"{sign} {o[key]:g}" for o in option.get("anyOf", [option]) for key, sign in limits.items() if key in o]
+    return " ".join([" or ".join(kinds), *found, *map(str, option.get("enum", []))])
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress]:
+    """A bar per kind of work on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=max(total, 1))
+            bar.update(tasks[what], completed=done, total=max(total, 1))
+
+        yield progress
