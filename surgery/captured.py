@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError
-from .exporting import export
 from .functional import functionalise
 from .graph import remove_unused, retarget
 from .inputs import Inputs
 from .names import submodule, tensors
 from .preparing import bake_parametrisations, private_copy, twin, unwrapped
+from .program import export
 from .raising import Raiser
 from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
 from .reproduction import Known, at_another_batch, compare, forward, on_other_numbers
@@ -65,8 +67,9 @@ class CapturedModel(fx.GraphModule):
 
     @property
     def inputs(self) -> Inputs:
-        """The example inputs."""
-        return self._info.inputs
+        """The example inputs, under the names of the forward's arguments."""
+        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        return replace(self._info.inputs, names=tuple(info.orig_args))
 
     @property
     def dynamic_batch(self) -> bool:
@@ -116,7 +119,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         notes = bake_parametrisations(private)
         captured, error, why_fixed = _reproduced(private, inputs)
         notes += [f"batch size fixed at {inputs.batch_size}: {why_fixed}"] if why_fixed else []
-        notes += _dropped(private, captured)
+        notes += _fixed_arguments(model, inputs) + _dropped(private, captured)
     captured.meta["capture"] = CaptureInfo(inputs, not why_fixed, tuple(notes), error)
     return captured
 
@@ -154,7 +157,7 @@ def _graph(candidates: Sequence[nn.Module], inputs: Inputs, *, free_batch: bool)
     for node in list(module.graph.nodes):
         if str(node.target).startswith(("aten._assert", "aten.sym_constrain")):
             module.graph.erase_node(node)
-    root, graph = Raiser(module.graph, names, program.constants, private).run()
+    root, graph = Raiser(module.graph, names, program.constants, private, _reserved_names()).run()
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
     graph.set_codegen(CallCodeGen(_PyTreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
@@ -163,6 +166,13 @@ def _graph(candidates: Sequence[nn.Module], inputs: Inputs, *, free_batch: bool)
     captured.eval()
     captured.recompile()
     return captured
+
+
+@cache
+def _reserved_names() -> frozenset[str]:
+    """What a captured model calls its own, beside what every module does."""
+    empty = CapturedModel(nn.Module(), fx.Graph())
+    return frozenset({*dir(CapturedModel), *vars(empty)}) - {*dir(nn.Module()), *vars(nn.Module())}
 
 
 def _signature_names(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -174,6 +184,15 @@ def _signature_names(model: nn.Module, inputs: Inputs) -> list[str]:
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
     return [*names[: len(inputs.args)], *inputs.kwargs]
+
+
+def _fixed_arguments(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Arguments that are constants in the graph: left at their default, or given as something else than a tensor."""
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    given = {name for name, value in bound.arguments.items() if any(isinstance(v, Tensor) for v in tree_leaves(value))}
+    bound.apply_defaults()
+    fixed = [(name, value) for name, value in bound.arguments.items() if name not in given and value not in ((), {})]
+    return [f"argument {name}: fixed at {value!r}; give it as a tensor to keep it an input" for name, value in fixed]
 
 
 def _dropped(private: nn.Module, captured: CapturedModel) -> list[str]:

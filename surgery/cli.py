@@ -14,7 +14,7 @@ import click
 
 from . import __version__
 from .errors import BudgetError, SurgeryError
-from .terminal import flat_table, print_result, progress_bars, range_in_words
+from .terminal import print_result, progress_bars, range_in_words
 
 if TYPE_CHECKING:
     from .pipeline import Operation
@@ -181,16 +181,20 @@ def show(name: str, as_json: bool) -> None:
 @as_json
 def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
     """Compare two models: run folders, model.py files or .onnx files. A is the reference."""
+    from .data import Data
+    from .report import proof
     from .specs import inputs_from
     from .verification import verify as compare
 
     if not (shapes or data_name):
         raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data MODULE:FUNCTION")
-    batches = _data(data_name) if data_name else [inputs_from(shapes)]
-    verification = compare(reference, candidate, batches)
-    print_result(verification.to_dict(), [flat_table("Verification", verification.to_dict())], as_json)
+    data = Data.of(_data(data_name) if data_name else [inputs_from(shapes)])
+    batches = data.calibration if data.evaluation is None else data.evaluation
+    labelled = data.evaluation is not None
+    verification = compare(reference, candidate, batches, labelled=labelled, metric=data.metric)
+    print_result(verification.to_dict(), [proof(verification.to_dict())], as_json)
     if not verification.passed:
-        raise BudgetError("the models do not agree within the bound")
+        raise BudgetError("; ".join(verification.shortfalls))
 
 
 @cli.command()
@@ -263,7 +267,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Finished steps of a run are kept; the same command with --resume goes on.", err=True)
         sys.exit(130)
     except SurgeryError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)

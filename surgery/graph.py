@@ -94,6 +94,8 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
     takes the layer's own name. Training mode follows the model's.
     """
     base = layer.name.replace("@", "_")
+    if layer.functional:
+        _release(model, layer)
     while layer.functional and _exists(model, base):
         base = f"{base}_{layer.type.lower()}"
     if list(parts) != [""]:
@@ -104,6 +106,17 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
         _replace_call(model.graph, node, [f"{base}.{suffix}" if suffix else base for suffix in parts])
     if layer.functional:
         remove_unused(model)
+
+
+def _release(model: fx.GraphModule, layer: Layer) -> None:
+    """Take the parameters that only this functional layer reads off the model, so that their name is free."""
+    readers = {n for node in layer.nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    for reader in readers:
+        name = str(reader.target)
+        others = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == name and n is not reader]
+        if not others and all(user in layer.nodes for user in reader.users):
+            path, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(path), leaf)
 
 
 def _exists(model: nn.Module, name: str) -> bool:

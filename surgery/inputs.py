@@ -23,6 +23,8 @@ class Inputs:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = field(default=(), compare=False)
+    """Names of `args` in the forward's signature, for messages."""
 
     @classmethod
     def of(cls, model: nn.Module, value: Any) -> Inputs:
@@ -48,13 +50,16 @@ class Inputs:
                 f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}",
                 fix="give a tensor, a tuple of arguments, or a dict of arguments by name",
             ) from error
-        return cls(bound.args, dict(bound.kwargs))
+        names = [n for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return cls(bound.args, dict(bound.kwargs), tuple(names))
 
     @property
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its place, such as `[0]` or `['mask']`."""
-        leaves, _ = tree_flatten_with_path((self.args, self.kwargs))
-        return {keystr(path[1:]): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+        """Every tensor by its place, such as `mask` or `batch['image']`."""
+        names = [*self.names, *(f"[{i}]" for i in range(len(self.names), len(self.args)))]
+        named = [*zip(names, self.args, strict=False), *self.kwargs.items()]
+        leaves = [(f"{name}{keystr(path)}", leaf) for name, value in named for path, leaf in _leaves(value)]
+        return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -66,7 +71,8 @@ class Inputs:
         return next((int(t.shape[0]) for t in self.tensors if t.ndim), 1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(*tree_map_only(Tensor, function, (self.args, self.kwargs)))
+        args, kwargs = tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.names)
 
     def to(self, device: torch.device | str) -> Inputs:
         return self.map(lambda t: t.to(device))
@@ -84,6 +90,11 @@ class Inputs:
         for name, tensor in self.named_tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise InputError(f"input {name} holds NaN or infinity", at=place, fix="remove or repair these samples")
+
+
+def _leaves(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    leaves, _ = tree_flatten_with_path(value)
+    return leaves
 
 
 def _from_mapping(signature: inspect.Signature, value: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

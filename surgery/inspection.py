@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .captured import capture
 from .context import Context, Progress
 from .errors import SurgeryError
-from .graph import layers, shape, sharing
+from .graph import Layer, layers, shape, sharing
 from .measurement import Measurement, measure
 from .passes import PassReport
 from .registry import Registry
@@ -59,9 +60,27 @@ class Findings:
                 ("skip", s.layer, s.why) for s in report.skips
             ]
             result.append(
-                Table(f"{name} would make {len(report.edits)} edits", ("", "layer", "reason"), tuple(touched))
+                Table(
+                    f"{name} alone would edit {len(report.edits)} and skip {len(report.skips)} layers",
+                    ("", "layer", "reason"),
+                    tuple(touched),
+                )
             )
         return result
+
+
+def _macs(layer: Layer, total: Measurement, batch: int) -> int:
+    """Of one sample. A functional call has no module to count in: every weight is used once per output position."""
+    weight = getattr(layer.module, "weight", None)
+    if not layer.functional or weight is None or not layer.type.startswith(("Conv", "Linear")):
+        return total.by_module.get(layer.name, 0)
+    nodes = [n.args[0] if "Transpose" in layer.type else n for n in layer.nodes]
+    positions = [prod(shape(n)) // shape(n)[_channel_dim(layer)] for n in nodes if isinstance(n, fx.Node)]
+    return int(weight.numel()) * sum(positions) // batch
+
+
+def _channel_dim(layer: Layer) -> int:
+    return -1 if layer.type == "Linear" else 1
 
 
 def inspect(
@@ -80,7 +99,7 @@ def inspect(
             layer.name,
             layer.type,
             sum(p.numel() for p in layer.module.parameters()),
-            total.by_module.get(layer.name, 0),
+            _macs(layer, total, captured.inputs.batch_size),
             shape(layer.nodes[0]) if hasattr(layer.nodes[0].meta.get("tensor_meta"), "shape") else (),
             sharing(captured, layer),
         )

@@ -10,7 +10,8 @@ training mode.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -32,13 +33,19 @@ class Raiser:
     """Builds the captured graph from an exported one.
 
     `names` gives the state-dict name of each state placeholder; `origin` is the private copy of the user's model whose
-    parameters and buffers the raised modules take over.
+    parameters and buffers the raised modules take over. Top-level names in `reserved` get an underscore.
     """
 
     def __init__(
-        self, source: fx.Graph, names: Mapping[str, str], constants: Mapping[str, Any], origin: nn.Module
+        self,
+        source: fx.Graph,
+        names: Mapping[str, str],
+        constants: Mapping[str, Any],
+        origin: nn.Module,
+        reserved: Collection[str],
     ) -> None:
         self.source, self.names, self.constants, self.origin = source, names, constants, origin
+        self.reserved = reserved
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
@@ -154,13 +161,23 @@ class Raiser:
             return self.values[node]
         name = self.names[node.name]
         if name not in self.readers:
-            self._register(name, self._tensor(node))
-            self.readers[name] = self.graph.get_attr(name)
+            target = self._free_name(name)
+            self._register(name, target, self._tensor(node))
+            self.readers[name] = self.graph.get_attr(target)
             self.readers[name].meta = _kept_meta(node)
         return self.readers[name]
 
-    def _register(self, name: str, tensor: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
+    def _free_name(self, name: str) -> str:
+        """`name`, with an underscore to each part that a graph module or Python itself uses otherwise."""
+        first, *rest = name.split(".")
+        taken = [first in self.reserved, *[False] * len(rest)]
+        parts = [f"{p}_" if t or iskeyword(p) or p == "self" else p for p, t in zip([first, *rest], taken, strict=True)]
+        while parts[0] != first and hasattr(self.origin, parts[0]):
+            parts[0] += "_"
+        return ".".join(parts)
+
+    def _register(self, name: str, target: str, tensor: Tensor) -> None:
+        path, _, leaf = target.rpartition(".")
         if path and submodule(self.root, path) is None:
             set_module(self.root, path, nn.Module())
         home = self.root.get_submodule(path)
@@ -173,15 +190,16 @@ class Raiser:
 
     def _raise(self, node: fx.Node) -> fx.Node:
         name, raised = self.plans[node]
-        existing = submodule(self.root, name)
+        target = self._free_name(name)
+        existing = submodule(self.root, target)
         if existing is None or type(existing) is not raised.cls:
             module = raised.build({r: self._tensor(ref) for r, ref in raised.roles.items() if ref is not None})
             origin = submodule(self.origin, name)
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 counted = getattr(origin, "num_batches_tracked", None)
                 module.num_batches_tracked = torch.tensor(0) if counted is None else counted
-            set_module(self.root, name, module.eval())
-        return self.graph.call_module(name, self._load(raised.args))
+            set_module(self.root, target, module.eval())
+        return self.graph.call_module(target, self._load(raised.args))
 
     def _state_of(self, node: fx.Node) -> fx.Node | None:
         """`aten.lstm` returns (out, h, c), `nn.LSTM` (out, (h, c))."""

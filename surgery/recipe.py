@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -136,7 +136,7 @@ def build_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     Raises:
         RecipeError: an unknown option (with the nearest name and the list), or a value of the wrong type or range.
     """
-    known = cls.__dataclass_fields__
+    known = [option.name for option in fields(cls)]
     unknown = [key for key in options if key not in known]
     if unknown:
         raise RecipeError(

@@ -69,13 +69,13 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table]:
     """What a person reads first: before and after, then what each pass did and left alone."""
-    result = [_comparison(summary, timings), _proof(summary)]
+    result = [_comparison(summary, timings), proof(summary["verification"], any(summary["recipe"]["budget"].values()))]
     for number, step in enumerate(summary["steps"], 1):
         rows = [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
         rows += [("skip", s["layer"], s["why"], "") for s in step["skips"]]
         result.append(
             Table(
-                f"{number}. {step['pass']}: {len(step['edits'])} edits, {len(step['skips'])} skips",
+                f"{number}. {step['pass']}: {len(step['edits'])} edited, {len(step['skips'])} skipped",
                 ("", "layer", "reason", "numbers"),
                 tuple(rows),
             )
@@ -116,8 +116,9 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
     return name, f"{before:,}", f"{after:,}", f"{after / before:.1%} of before" if before else ""
 
 
-def _proof(summary: Mapping[str, Any]) -> Table:
-    verification = summary["verification"]
+def proof(verification: Mapping[str, Any], has_budget: bool = False) -> Table:
+    """`Verification.to_dict()` as a table."""
+    held = "parity and budget" if has_budget else "parity; no budget bounds the fidelity"
     rows = [(f"fidelity: {key}", _show(value)) for key, value in verification["fidelity"].items() if value is not None]
     for run in [*verification["parity"], *verification["devices"]]:
         verdict = "holds" if run["passed"] else "BROKEN"
@@ -125,7 +126,7 @@ def _proof(summary: Mapping[str, Any]) -> Table:
             (f"parity: {run['runtime']}", f"off by {_show(run['relative_error'])} of {_show(run['bound'])}, {verdict}")
         )
     rows += [("shortfall", text) for text in verification["shortfalls"]]
-    rows.append(("verdict", "passed" if summary["passed"] else "NOT passed"))
+    rows.append(("verdict", f"{'passed' if verification['passed'] else 'NOT passed'} ({held})"))
     return Table("Proof", ("question", "answer"), tuple(rows))
 
 

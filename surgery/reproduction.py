@@ -24,8 +24,25 @@ def forward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Flat output tensors of the model itself in eval mode.
 
     Raises:
-        CaptureError: the model fails, or writes to its inputs or to its state.
+        CaptureError: the model fails, or writes to its inputs or to its state. A buffer that is made on the first call
+            and stays is no such write.
     """
+    before = tensors(model)
+    outputs, written = _call(model, inputs)
+    if not written and _replaced(model, before):
+        before = tensors(model)
+        outputs, written = _call(model, inputs)
+    written += _replaced(model, before)
+    if written:
+        raise CaptureError(
+            f"the model writes to {', '.join(written)} in its forward",
+            fix="work on a copy (x = x.clone()), and update state outside the forward or in training mode alone",
+        )
+    return outputs
+
+
+def _call(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[str]]:
+    """Output tensors, and the names of inputs, parameters and buffers that were written in place."""
     given = inputs.clone()
     watched = {**{f"input {k}": t for k, t in given.named_tensors.items()}, **tensors(model)}
     versions = {name: t._version for name, t in watched.items()}
@@ -38,14 +55,13 @@ def forward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
             at=user_line(error),
             fix=f"give inputs the model accepts; these are {_shapes(given)}",
         ) from error
+    written = [name for name, t in watched.items() if t._version != versions[name]]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], written
+
+
+def _replaced(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
     now = tensors(model)
-    written = [name for name, t in watched.items() if t._version != versions[name] or now.get(name, t) is not t]
-    if written:
-        raise CaptureError(
-            f"the model writes to {', '.join(written)} in its forward",
-            fix="work on a copy (x = x.clone()), and update state outside the forward or in training mode alone",
-        )
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [name for name, tensor in before.items() if now.get(name) is not tensor]
 
 
 def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, str]:

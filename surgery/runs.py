@@ -76,7 +76,7 @@ class RunFolder:
         if marker.exists():
             held = _read_json(marker)
             differing = [part for part in key if not isinstance(held, dict) or held.get(part) != key[part]]
-            if differing:
+            if differing and any(self._steps.glob("0-*")):
                 raise RunError(
                     f"the folder holds a run with another {' and '.join(differing)}",
                     at=str(self.path),
@@ -86,8 +86,7 @@ class RunFolder:
             raise RunError(
                 "the folder is not empty and holds no run", at=str(self.path), fix="choose an empty or new folder"
             )
-        else:
-            self.write("run.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+        self.write("run.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
 
     def _sweep(self) -> None:
         """Remove what a killed run left half-written."""

@@ -32,19 +32,6 @@ def print_result(value: Any, tables: Sequence[Table], as_json: bool) -> None:
         console.print(drawn)
 
 
-def flat_table(title: str, value: dict[str, Any], prefix: str = "") -> Table:
-    """A nested dict as rows of dotted keys; None is left out."""
-    from .report import Table
-
-    rows: list[tuple[str, str]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            rows += [(row[0], row[1]) for row in flat_table("", item, f"{prefix}{key}.").rows]
-        elif item is not None:
-            rows.append((f"{prefix}{key}", str(item)))
-    return Table(title, ("question", "answer"), tuple(rows))
-
-
 def range_in_words(option: dict[str, Any]) -> str:
     """Type and limits of an option from its JSON Schema."""
     kinds = [o.get("type", "") for o in option.get("anyOf", [option])]

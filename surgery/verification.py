@@ -146,12 +146,14 @@ def _losses(measured: Fidelity, budget: Budget | None) -> Iterator[str]:
     before, after = measured.accuracy_reference, measured.accuracy_candidate
     drop = None if before is None or after is None else before - after
     if budget.accuracy_drop is not None and (drop is None or drop > budget.accuracy_drop):
-        yield f"accuracy falls by {_number(drop)}, the budget is {budget.accuracy_drop}"
+        fall = f"falls by {drop:.4g}" if drop is not None else "was not measured (no labels)"
+        yield f"accuracy {fall}, the budget is a fall of {budget.accuracy_drop}"
     agreement = measured.top1_agreement
     if budget.top1_agreement is not None and (agreement is None or agreement < budget.top1_agreement):
-        yield f"top-1 agreement is {_number(agreement)}, the budget {budget.top1_agreement}"
+        found = f"is {agreement:.4g}" if agreement is not None else "was not measured (no class scores)"
+        yield f"top-1 agreement {found}, the budget is {budget.top1_agreement}"
     if budget.sqnr_db is not None and measured.sqnr_db < budget.sqnr_db:
-        yield f"the SQNR is {_number(measured.sqnr_db)} dB, the budget {budget.sqnr_db}"
+        yield f"the SQNR is {measured.sqnr_db:.4g} dB, the budget {budget.sqnr_db}"
 
 
 def _difference(run: Parity) -> str:
@@ -159,10 +161,6 @@ def _difference(run: Parity) -> str:
     return (
         f"{run.runtime} is off by {run.relative_error:.3g} of the largest output, the bound is {run.bound:.3g}{place}"
     )
-
-
-def _number(value: float | None) -> str:
-    return "not measured (no labels, or no class scores)" if value is None else f"{value:.4g}"
 
 
 def _jsonable(value: Any) -> Any:

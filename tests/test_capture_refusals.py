@@ -94,7 +94,7 @@ def test_torchscript_is_refused():
 
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[:, 0].zero_(), lambda x: F.relu(x, inplace=True)])
 def test_a_write_to_an_input_is_refused(write):
-    error = refused(OnInput(lambda model, x: write(x) * 1), torch.randn(2, 3), r"writes to input \[0\]")
+    error = refused(OnInput(lambda model, x: write(x) * 1), torch.randn(2, 3), "writes to input x")
     assert "clone" in error.fix
 
 
@@ -130,7 +130,7 @@ def test_a_random_forward_is_refused(function):
 
 def test_inputs_of_a_wrong_shape_name_the_line_and_the_shapes():
     error = refused(NETWORKS["plain_cnn"].model(), torch.randn(2, 4, 8, 8), "fails on the example inputs")
-    assert "[0] (2, 4, 8, 8) float32" in error.fix
+    assert "input (2, 4, 8, 8) float32" in error.fix
     assert "shapes" in error.problem or "channels" in error.problem
 
 
@@ -156,7 +156,7 @@ def test_a_user_folder_named_as_ours_is_still_the_users(tmp_path):
 def test_an_example_that_is_not_finite_is_refused(value):
     x = torch.randn(2, 3)
     x[1, 2] = value
-    with pytest.raises(InputError, match=r"input \[0\] holds NaN or infinity") as caught:
+    with pytest.raises(InputError, match="input input holds NaN or infinity") as caught:
         capture(nn.Linear(3, 3), x)
     assert caught.value.at == "example inputs"
 

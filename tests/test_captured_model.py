@@ -229,20 +229,25 @@ def test_what_a_first_call_builds_is_captured_as_it_is_trained():
     assert_trains_alike(captured, model.train(), torch.randn(4, 3))
 
 
-def test_a_buffer_built_on_the_first_call_is_captured():
+@pytest.mark.parametrize("begin", [None, torch.zeros(1)])
+def test_a_buffer_built_on_the_first_call_is_captured(begin):
     class Lazy(nn.Module):
+        """As in ConViT, whose relative positions are worked out for the first input."""
+
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(3, 3)
+            self.register_buffer("table", begin, persistent=False)
 
         def forward(self, x):
-            if not hasattr(self, "table"):
-                self.register_buffer("table", torch.arange(3.0), persistent=False)
+            if self.table is None or len(self.table) != x.shape[1]:
+                self.table = torch.arange(float(x.shape[1]))
             return self.linear(x) + self.table
 
     model, x = Lazy(), torch.randn(2, 3)
     captured = capture(model, x)
-    assert not hasattr(model, "table")
+    assert model.table is begin
+    assert captured.dynamic_batch
     assert_same(call(captured, x), call(model, x))
 
 

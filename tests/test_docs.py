@@ -33,7 +33,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
-    plugin_code, test_code = code_blocks("docs/plugins.md", "python")
+    plugin_code, _, test_code = code_blocks("docs/plugins.md", "python")
     plugin = ModuleType("round_weights")
     monkeypatch.setitem(sys.modules, "round_weights", plugin)
     exec(compile(plugin_code, "docs/plugins.md", "exec"), plugin.__dict__)

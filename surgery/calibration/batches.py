@@ -30,17 +30,18 @@ def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int |
     if not seen:
         raise InputError(
             "the calibration data has no batches",
-            fix="give data that can be iterated more than once, such as a list or a DataLoader",
+            fix="give at least one batch, in a list or a DataLoader",
         )
+
+
+_FIX = "a calibration batch holds the arguments of the example inputs, no others and no labels"
 
 
 def _checked(model: CapturedModel, batch: Any, place: str) -> Inputs:
     try:
         inputs = _as_captured(model, Inputs.of(model, batch))
     except InputError as error:
-        raise InputError(
-            error.problem, at=place, fix="calibration batches hold model inputs only, no labels"
-        ) from error
+        raise InputError(error.problem, at=place, fix=_FIX) from error
     _check_shapes(model, inputs, place)
     inputs.check_finite(place)
     return inputs
@@ -51,7 +52,7 @@ def _as_captured(model: CapturedModel, inputs: Inputs) -> Inputs:
     signature = inspect.signature(model.forward)
     bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
     by_keyword = {name: bound.pop(name) for name in model.inputs.kwargs if name in bound}
-    return Inputs(tuple(bound.values()), by_keyword)
+    return Inputs(tuple(bound.values()), by_keyword, tuple(bound))
 
 
 def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
@@ -61,7 +62,7 @@ def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
         raise InputError(
             f"the batch has the inputs {', '.join(given) or 'none'}, the model was captured with {', '.join(example)}",
             at=place,
-            fix="calibration batches hold model inputs only, no labels",
+            fix=_FIX,
         )
     batch, old = inputs.batch_size, model.inputs.batch_size
     for name, tensor in given.items():

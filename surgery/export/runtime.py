@@ -61,7 +61,7 @@ def runtime_session(
     """
     name = Path("model.onnx" if isinstance(path, bytes) else path)
     if not isinstance(path, bytes) and not name.is_file():
-        raise ModelError(f"there is no file {name}", fix="export the model first")
+        raise ModelError(f"there is no file {name}", fix="check the path; a run that was stopped goes on with --resume")
     wanted = list(providers or [CPU])
     missing = set(wanted) - set(onnxruntime.get_available_providers())
     if missing:

@@ -6,8 +6,8 @@
 Seconds are `torch.export`'s own, then capture's, one after the other in the same process with the same dynamic batch;
 capture also runs model and graph on two batches to compare them, which large models feel. Errors are
 relative to the largest expected value: `output` on the example and on a batch of three, `gradient` over every parameter
-and buffer after one training step from the same seed. Stochastic depth, which an eval graph does not have, is switched
-off for that step. `lost` counts distinct tensors of the state dict that are there under no name.
+and buffer after one training step from the same seed. What an eval graph does not have, stochastic depth and auxiliary
+heads, is switched off in eager for that step. `lost` counts distinct tensors of the state dict that have no name left.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from surgery.names import tensors
 
 TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
 STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")
+AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
 HEADER = ("model", "parameters", "export", "capture", "ratio", "output", "gradient", "lost")
 COLUMNS = "{:38} {:>12} {:>8} {:>8} {:>6} {:>8} {:>9} {:>5}".format(*HEADER)
 
@@ -64,15 +65,16 @@ class Result:
         return "  ".join([row, *filter(None, notes)])
 
 
-def examine(model: nn.Module, inputs: tuple[Tensor, ...], *, gradient_limit: int, export: bool) -> Result:
+def examine(model: nn.Module, inputs: tuple[Tensor, ...], *, limit: int, export: bool) -> Result:
     parameters = sum(p.numel() for p in model.parameters())
     export_seconds = timed(lambda: plain_export(model, inputs))[0]
     capture_seconds, captured = timed(lambda: capture(model, inputs))
-    gradient, why = (None, f"no gradient above {gradient_limit:,} parameters")
+    gradient, why = (None, f"above {limit:,} parameters")
     output = max(output_error(model, captured, batch(inputs, size)) for size in (1, 3))
     lost = lost_tensors(model, captured)
-    parity = onnx_parity(captured) if export else None
-    if parameters <= gradient_limit:
+    parity = None
+    if parameters <= limit:
+        parity = onnx_parity(captured) if export else None
         gradient, why = gradient_error(model, captured, batch(inputs, 2))
     return Result(
         parameters, export_seconds, capture_seconds, output, gradient, why, lost, captured.dynamic_batch, parity
@@ -113,6 +115,10 @@ def gradient_error(model: nn.Module, captured: nn.Module, inputs: tuple[Tensor, 
     for module in eager.modules():
         if type(module).__name__ in STOCHASTIC_DEPTH:
             module.eval()
+    for head in AUXILIARY_HEADS:
+        if hasattr(eager, head):
+            setattr(eager, head, None)
+            eager.aux_logits = False
     expected, actual = training_step(eager, inputs), training_step(graph, inputs)
     if expected is None:
         return None, "no gradient: other outputs in training"
@@ -180,7 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tool", type=Path, default=TOOL, help="zoo.py, which builds the models")
     parser.add_argument("--export", action="store_true", help="compare the ONNX file in ONNX Runtime as well")
     parser.add_argument(
-        "--gradient-limit", type=int, default=150_000_000, help="parameters above which no step is trained"
+        "--limit", type=int, default=150_000_000, help="parameters above which no step is trained and no file written"
     )
     return parser.parse_args()
 
@@ -190,7 +196,7 @@ def main() -> int:
     tool = load_tool(options.tool)
     names = chosen(tool, options.names)
     warnings.simplefilter("ignore")
-    examine(nn.Linear(2, 2), (torch.rand(1, 2),), gradient_limit=0, export=False)  # first-call costs of torch.export
+    examine(nn.Linear(2, 2), (torch.rand(1, 2),), limit=0, export=False)  # first-call costs of torch.export
     results: list[Result] = []
     print(COLUMNS, flush=True)
     for name in names:
@@ -198,7 +204,7 @@ def main() -> int:
         torch.manual_seed(0)
         try:
             model, inputs = tool.build(name)
-            results.append(examine(model, inputs, gradient_limit=options.gradient_limit, export=options.export))
+            results.append(examine(model, inputs, limit=options.limit, export=options.export))
             print(results[-1], flush=True)
         except Exception as error:
             print(f"FAILED {type(error).__name__}: {error}", flush=True)

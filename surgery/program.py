@@ -27,7 +27,7 @@ def export(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool)
     for model in candidates:
         for dim in attempts:
             try:
-                program = _export(model, inputs, dim)
+                program = _without_writes(_export(model, inputs, dim))
             except Exception as error:
                 failures.append(error)
                 continue
@@ -35,6 +35,8 @@ def export(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool)
                 return program, model
     if not failures:
         raise CaptureError("the model computes with the batch size")
+    if isinstance(failures[0], CaptureError):
+        raise failures[0]
     raise _in_words(failures[0]) from failures[0]
 
 
@@ -45,6 +47,14 @@ def _export(model: nn.Module, inputs: Inputs, dim: Any) -> ExportedProgram:
         shapes = _dynamic_shapes(model, inputs, dim)
     with plain_attention(), quiet():
         return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _without_writes(program: ExportedProgram) -> ExportedProgram:
+    """Raises CaptureError where the forward leaves another buffer behind, such as one made on the first call."""
+    buffers = list(program.graph_signature.buffers_to_mutate.values())
+    if buffers:
+        raise CaptureError(f"the model writes to {', '.join(buffers)} in its forward")
+    return program
 
 
 def _dynamic_shapes(model: nn.Module, inputs: Inputs, dim: Any) -> dict[str, Any]:
