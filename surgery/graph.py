@@ -94,8 +94,7 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
     takes the layer's own name. Training mode follows the model's.
     """
     base = layer.name.replace("@", "_")
-    if layer.functional:
-        _release(model, layer)
+    released = _release(model, layer) if layer.functional else []
     while layer.functional and _exists(model, base):
         base = f"{base}_{layer.type.lower()}"
     if list(parts) != [""]:
@@ -104,19 +103,28 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
         set_module(model, f"{base}.{suffix}" if suffix else base, module.train(model.training))
     for node in layer.nodes:
         _replace_call(model.graph, node, [f"{base}.{suffix}" if suffix else base for suffix in parts])
+    for reader in released:
+        model.graph.erase_node(reader)
     if layer.functional:
         remove_unused(model)
 
 
-def _release(model: fx.GraphModule, layer: Layer) -> None:
-    """Take the parameters that only this functional layer reads off the model, so that their name is free."""
-    readers = {n for node in layer.nodes for n in node.all_input_nodes if n.op == "get_attr"}
+def _release(model: fx.GraphModule, layer: Layer) -> list[fx.Node]:
+    """Take the parameters that only this functional layer reads off the model, so that their name is free.
+
+    Their readers come back: they must go once nothing uses them.
+    """
+    inputs = {node.args[0] for node in layer.nodes}
+    readers = dict.fromkeys(n for node in layer.nodes for n in node.all_input_nodes if n.op == "get_attr")
+    released = []
     for reader in readers:
         name = str(reader.target)
         others = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == name and n is not reader]
-        if not others and all(user in layer.nodes for user in reader.users):
+        if reader not in inputs and not others and all(user in layer.nodes for user in reader.users):
             path, _, leaf = name.rpartition(".")
             delattr(model.get_submodule(path), leaf)
+            released.append(reader)
+    return released
 
 
 def _exists(model: nn.Module, name: str) -> bool:

@@ -179,6 +179,23 @@ def test_a_functional_layer_becomes_a_module_and_its_parameters_go():
     assert not {"weight", "pointwise", "shift"} & dict(model.named_parameters()).keys()
 
 
+def test_a_parameter_that_is_the_input_of_a_functional_layer_stays():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.kernel = nn.Parameter(torch.randn(1, 2, 5)), nn.Parameter(torch.randn(3, 2, 1))
+
+        def forward(self, x):
+            return x + F.conv1d(self.query, self.kernel)
+
+    model, x = capture(Learned(), torch.randn(2, 3, 5)), torch.randn(2, 3, 5)
+    expected, functional = model(x), layer(model, "kernel")
+    replace_layer(model, functional, {"": functional.module})
+    model.recompile()
+    assert torch.equal(model(x), expected)
+    assert model.state_dict().keys() == {"query", "kernel.weight"}
+
+
 def test_bypassing_a_node_leaves_its_module_to_be_removed():
     model = NETWORKS["plain_cnn"].captured()
     bypass(model, layer(model, "0.1").nodes[0])
