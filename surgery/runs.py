@@ -76,7 +76,8 @@ class RunFolder:
         if marker.exists():
             held = _read_json(marker)
             differing = [part for part in key if not isinstance(held, dict) or held.get(part) != key[part]]
-            if differing and any(self._steps.glob("0-*")):
+            worth_keeping = [*self._steps.glob("0-*"), *self.path.glob("model.*"), *self.path.glob("report.*")]
+            if differing and worth_keeping:
                 raise RunError(
                     f"the folder holds a run with another {' and '.join(differing)}",
                     at=str(self.path),

@@ -265,3 +265,41 @@ def test_a_train_method_that_returns_nothing_is_no_obstacle():
 
     model, x = Backbone(nn.Linear(3, 3)), torch.randn(2, 3)
     assert_same(call(capture(model, x), x), call(model, x))
+
+
+class Colliding(nn.Module):
+    """Names that a graph module has itself, or that Python reads otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.meta = nn.Linear(3, 4)
+        self.graph = nn.Parameter(torch.rand(4))
+        self.inputs = nn.BatchNorm1d(4)
+        self.meta_ = nn.Linear(4, 4)
+        self.add_module("lambda", nn.Linear(4, 4))
+        self.register_buffer("notes", torch.rand(4))
+
+    def forward(self, x):
+        x = self.inputs(self.meta(x) * self.graph) + self.notes
+        return getattr(self, "lambda")(self.meta_(x))
+
+
+def test_names_that_collide_get_an_underscore_and_are_noted():
+    model = Colliding().eval()
+    captured = capture(model, torch.rand(2, 3))
+    x = torch.rand(5, 3)
+    assert torch.equal(captured(x), model(x))
+    assert {"meta__.weight", "meta_.weight", "graph_", "inputs_.weight", "lambda_.weight", "notes_"} <= {
+        *captured.state_dict()
+    }
+    assert "meta: is kept as meta__" in captured.notes
+
+
+def test_arguments_that_become_constants_are_noted():
+    class Optional(nn.Module):
+        def forward(self, x, *, temperature=None):
+            return x if temperature is None else x / temperature
+
+    assert "temperature: fixed at None" in " ".join(capture(Optional(), torch.rand(2, 3)).notes)
+    kept = capture(Optional(), {"x": torch.rand(2, 3), "temperature": torch.tensor(2.0)})
+    assert not kept.notes

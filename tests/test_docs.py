@@ -88,6 +88,15 @@ def test_plugins_import_only_the_public_api():
                 assert {alias.name for alias in node.names} <= set(surgery.__all__), file.name
 
 
+def test_every_package_is_installed():
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    names = {"plugins": "surgery_plugins", "recipes": "surgery_recipes"}
+    folders = [p.parent.relative_to(ROOT) for top in ("surgery", *names) for p in (ROOT / top).rglob("__init__.py")]
+    assert sorted(declared) == sorted(".".join((names.get(f.parts[0], f.parts[0]), *f.parts[1:])) for f in folders)
+
+
 def test_the_core_names_no_pass():
     names = set(Registry.load().passes)
     for file in (ROOT / "surgery").rglob("*.py"):

@@ -172,6 +172,20 @@ def test_a_folder_of_another_recipe_model_or_input_is_refused_and_kept(net, inpu
     assert files(out) == kept
 
 
+def test_a_folder_whose_run_failed_before_its_first_step_is_taken_over(net, inputs, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(CaptureError):
+        operate(net, {**inputs, "image": torch.rand(1, 7, 8, 8)}, "damp", out=out)
+    assert operate(net, inputs, "damp", out=out).passed
+    assert (out / "model.onnx").exists()
+
+
+def test_no_file_names_a_place_on_this_machine(net, inputs, tmp_path):
+    operate(net, inputs, "damp", out=tmp_path / "run")
+    here = [str(Path(__file__).parent).encode(), str(tmp_path).encode()]
+    assert not [name for name, data in files(tmp_path / "run").items() if any(place in data for place in here)]
+
+
 def test_a_folder_with_other_things_is_refused_and_kept(net, inputs, tmp_path):
     (tmp_path / "model.py").write_text("mine")
     with pytest.raises(RunError, match="not empty"):

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from surgery import CapturedModel, Context, Layer, Regression, Statistics
 
 
+_MULTIPLIER = (
+    "depthwise kernels per input channel; above 1 check the latency, ONNX Runtime's CPU kernels are made for 1"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DepthwiseSeparable(Pass):
     """Rewrite convolutions as a depthwise and a pointwise one.
@@ -32,7 +37,7 @@ class DepthwiseSeparable(Pass):
     before. The network usually wants training afterwards, and with `norm_activation` it needs it.
     """
 
-    multiplier: Annotated[int, Field(ge=1, description="depthwise kernels per input channel")] = 1
+    multiplier: Annotated[int, Field(ge=1, description=_MULTIPLIER)] = 1
     norm_activation: Annotated[bool, Field(description="BatchNorm and ReLU between the two, as in MobileNet")] = False
     include_first: Annotated[bool, Field(description="rewrite the network's first convolution too")] = False
     calibrate: Annotated[bool | None, Field(description="fit the outputs on data; null = when there is some")] = None
