@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from .errors import InputError
@@ -47,10 +46,6 @@ def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:
             fix="give a list of batches or a DataLoader",
         )
     return list(batches) if isinstance(batches, Iterator) else batches
-
-
-def limited(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
-    return islice(iter(batches), count)
 
 
 def import_object(reference: str, purpose: str) -> Any:
