@@ -1,0 +1,16 @@
+"""Channel dependencies: which channels of which layers live or die together, found by running the graph on numbers.
+
+    found = find_channels(model)             every position along a dimension that may shrink has a number
+    found.groups, found.frozen              units that can go, and what has to stay and why
+    found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
+
+Reading order: positions · values · call · movement, arithmetic, layers (the rules) · rules · walk · groups · removal ·
+analysis.
+"""
+
+from __future__ import annotations
+
+from .analysis import Channels, find_channels
+from .groups import Frozen, Group, Member
+
+__all__ = ["Channels", "Frozen", "Group", "Member", "find_channels"]

@@ -1,0 +1,110 @@
+"""The channels of a model: groups of units that can go, what they cost, and their removal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..captured import CapturedModel
+from .call import Rule
+from .groups import Frozen, Group, Units
+from .removal import shrink
+from .rules import RULES
+from .walk import Walk
+
+
+def find_channels(model: CapturedModel, rules: Mapping[Any, Rule] | None = None, *, heads: bool = False) -> Channels:
+    """Which channels of `model` live or die together.
+
+    `rules` add to the built-in ones, by operator or class of module. With `heads`, attention loses whole heads
+    instead of the same features of every head.
+    """
+    walk = Walk(model, {**RULES, **(rules or {})}, heads).run()
+    return Channels(model, walk, Units(walk.facts))
+
+
+@dataclass
+class Channels:
+    """What `find_channels` found out about `model`; holds for as long as the model is not edited."""
+
+    model: CapturedModel
+    walk: Walk
+    units: Units
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """In the order of the layers."""
+        return self.units.groups()
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Output channels that have to stay, by layer, and why."""
+        return self.units.frozen()
+
+    def alive(self, removed: Sequence[Tensor]) -> Tensor:
+        """(positions,) which positions stay when in each group the units marked in `removed` (size,) go."""
+        dead = torch.zeros(self.units.count + 1, dtype=torch.bool)  # the last one is for positions of no unit
+        for group, marks in zip(self.groups, removed, strict=True):
+            dead[group.units] = marks
+        return ~dead[self.units.of_position]
+
+    @cached_property
+    def cost(self) -> Cost:
+        return Cost(self.walk, self.units.of_position)
+
+    def remove(self, removed: Sequence[Tensor]) -> None:
+        """Shrink the model in place: parameters are replaced, sizes in the graph adapted. `removed` as for `alive`."""
+        shrink(self.model, self.walk, self.alive(removed))
+
+
+class Cost:
+    """MACs and parameters as functions of what is alive: sums of products of sizes."""
+
+    def __init__(self, walk: Walk, of_position: Tensor) -> None:
+        self.batch = walk.model.inputs.batch_size
+        self._macs = _Products([(work.fixed, work.dims) for work in walk.facts.work])
+        slots = walk.facts.positions.slots
+        terms, weights = [], []
+        seen: set[int] = set()
+        for tensor in dict(walk.model.named_parameters()).values():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            own = [slots.get((id(tensor), d)) for d in range(tensor.ndim)]
+            fixed = 1
+            for size, slot in zip(tensor.shape, own, strict=True):
+                fixed *= 1 if slot else size
+            terms.append((fixed, tuple(torch.arange(s.first, s.first + s.size) for s in own if s)))
+            weights.append(tensor.element_size())
+        self._parameters, self._sizes = _Products(terms), torch.tensor(weights, dtype=torch.float64)
+
+    def macs(self, alive: Tensor) -> float:
+        """Of one sample."""
+        return float(self._macs(alive).sum()) / self.batch
+
+    def parameters(self, alive: Tensor) -> float:
+        return float(self._parameters(alive).sum())
+
+    def bytes(self, alive: Tensor) -> float:
+        return float((self._parameters(alive) * self._sizes).sum())
+
+
+class _Products:
+    """Terms `fixed` · ∏ (number of alive positions of each dimension)."""
+
+    def __init__(self, terms: Sequence[tuple[int, tuple[Tensor, ...]]]) -> None:
+        self._fixed = torch.tensor([float(fixed) for fixed, _ in terms], dtype=torch.float64)
+        dims = [(term, ids) for term, (_, all_ids) in enumerate(terms) for ids in all_ids]
+        self._term = torch.tensor([term for term, _ in dims], dtype=torch.long)
+        self._ids = torch.cat([torch.empty(0, dtype=torch.long), *(ids for _, ids in dims)])
+        self._dim = torch.repeat_interleave(torch.tensor([len(ids) for _, ids in dims], dtype=torch.long))
+
+    def __call__(self, alive: Tensor) -> Tensor:
+        counts = torch.zeros(len(self._term), dtype=torch.float64)
+        counts.index_add_(0, self._dim, alive[self._ids].double())
+        return self._fixed.scatter_reduce(0, self._term, counts, "prod")

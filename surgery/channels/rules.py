@@ -1,0 +1,107 @@
+"""Which rule reads which operator and which module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from . import arithmetic, layers, movement
+from .call import Rule
+
+aten = torch.ops.aten
+
+
+def _table(rules: Iterable[tuple[Rule, str]]) -> dict[Any, Rule]:
+    """Rules by operator, from operators' names."""
+    return {getattr(aten, name): rule for rule, names in rules for name in names.split() if hasattr(aten, name)}
+
+
+RULES: dict[Any, Rule] = {
+    _ConvNd: layers.convolution,
+    nn.Linear: layers.linear,
+    nn.Bilinear: layers.bilinear,
+    nn.Embedding: layers.embedding,
+    _BatchNorm: layers.normalised_per_channel,
+    _InstanceNorm: layers.normalised_per_channel,
+    nn.PReLU: layers.prelu,
+    nn.LayerNorm: layers.layer_norm,
+    nn.RMSNorm: layers.layer_norm,
+    nn.GroupNorm: layers.group_norm,
+    nn.RNNBase: layers.recurrent,
+    _DropoutNd: arithmetic.same,
+} | _table(
+    (
+        (layers.convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+        (layers.linear, "linear"),
+        (layers.embedding, "embedding"),
+        (layers.normalised_per_channel, "batch_norm"),
+        (layers.layer_norm, "layer_norm rms_norm"),
+        (layers.group_norm, "group_norm"),
+        (
+            movement.moved,
+            "permute transpose swapaxes swapdims t movedim moveaxis flatten unflatten unsqueeze squeeze"
+            " split split_with_sizes chunk tensor_split repeat repeat_interleave tile flip narrow pixel_shuffle"
+            " pixel_unshuffle numpy_T mT adjoint unsafe_split unsafe_chunk",
+        ),
+        (movement.reshaped, "view reshape expand _unsafe_view"),
+        (movement.windows, "unfold"),
+        (movement.sliced, "slice"),
+        (movement.selected, "select unbind"),
+        (movement.shuffled, "channel_shuffle"),
+        (movement.along("dims"), "roll rot90"),
+        (movement.along("dim"), "softmax log_softmax _softmax _log_softmax cumsum cumprod"),
+        (movement.padded, "pad constant_pad_nd"),
+        (movement.concatenated, "cat concat concatenate"),
+        (movement.stacked, "stack"),
+        (movement.scattered, "slice_scatter select_scatter"),
+        (movement.indexed, "index"),
+        (arithmetic.fresh, "new_zeros new_ones new_full new_empty"),
+        (arithmetic.same, "contiguous to _to_copy dropout alpha_dropout feature_dropout detach alias lift_fresh_copy"),
+        (
+            arithmetic.elementwise,
+            "expand_as type_as hardswish relu6 square true_divide fill zero where leaky_relu elu selu celu mish"
+            " softplus hardshrink softshrink clip zeros_like ones_like full_like addcmul addcdiv lerp prelu",
+        ),
+        (
+            arithmetic.per_channel(2),
+            "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d"
+            " upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler"
+            " reflection_pad2d replication_pad2d max_pool2d_with_indices",
+        ),
+        (
+            arithmetic.per_channel(1),
+            "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d"
+            " reflection_pad1d replication_pad1d",
+        ),
+        (
+            arithmetic.per_channel(3),
+            "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
+        ),
+        (
+            arithmetic.reduction,
+            "mean sum amax amin max min prod var std norm linalg_vector_norm logsumexp argmax argmin any all var_mean",
+        ),
+        (arithmetic.matmul, "matmul bmm mm mv dot"),
+        (arithmetic.einsum, "einsum"),
+        (arithmetic.attention, "scaled_dot_product_attention"),
+    )
+)
+
+
+def rule_for(node: fx.Node, module: nn.Module | None, rules: Mapping[Any, Rule]) -> Rule:
+    """By class of the module, or by operator; operators that torch marks as elementwise need no entry."""
+    if module is not None:
+        return next((rules[cls] for cls in type(module).__mro__ if cls in rules), arithmetic.unknown)
+    target: Any = node.target
+    for key in (target, getattr(target, "overloadpacket", None)):
+        if key in rules:
+            return rules[key]
+    pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
+    return arithmetic.elementwise if pointwise else arithmetic.unknown

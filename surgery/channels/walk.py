@@ -1,0 +1,116 @@
+"""Runs a captured graph on numbered positions instead of numbers: what every node's dimensions are made of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._pytree import tree_map, tree_map_only
+
+from ..captured import CapturedModel
+from ..names import get_attribute, tensors
+from ..vocabulary import arguments
+from .call import Call, Facts, Rule, parameter_value
+from .positions import Positions
+from .rules import rule_for
+from .values import Value, values_in
+
+
+class Walk:
+    """`values` of every node after `run`, and the `facts` the rules stated."""
+
+    def __init__(self, model: CapturedModel, rules: Mapping[Any, Rule], heads: bool) -> None:
+        names: dict[int, str] = {}
+        for name, tensor in tensors(model).items():
+            names.setdefault(id(tensor), name)
+        self.model, self.rules = model, rules
+        self.facts = Facts(Positions(names))
+        self.values: dict[fx.Node, Any] = {}
+        self._heads = heads_by_node(model.graph) if heads else {}
+
+    def run(self) -> Walk:
+        for node in self.model.graph.nodes:
+            self.values[node] = self._value(node)
+        return self
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return rigid_result(node)
+        if node.op == "get_attr":
+            tensor = get_attribute(self.model, str(node.target))
+            assert isinstance(tensor, Tensor)
+            return parameter_value(self.facts.positions, tensor, range(tensor.ndim))
+        if node.op == "output":
+            self._freeze_outputs(node)
+            return None
+        call = self._call(node)
+        if node.target is operator.getitem:
+            return node.target(*call.arguments.values())
+        if "tensor_meta" not in node.meta:  # sizes
+            return _plain(node, call.arguments)
+        return rule_for(node, call.module, self.rules)(call)
+
+    def _call(self, node: fx.Node) -> Call:
+        module, layer = None, node.name
+        if node.op == "call_module":
+            module, layer = self.model.get_submodule(str(node.target)), str(node.target)
+        named = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else _in_order(node)
+        known = tree_map_only(fx.Node, self.values.__getitem__, named)
+        return Call(node, known, rigid_result(node), module, layer, self.facts, self._heads.get(node))
+
+    def _freeze_outputs(self, node: fx.Node) -> None:
+        for value in values_in(tree_map_only(fx.Node, self.values.__getitem__, node.args)):
+            for axis in filter(None, value.axes):
+                self.facts.positions.freeze(axis.ids, "an output of the model")
+
+
+def rigid_result(node: fx.Node) -> Any:
+    """What `node` returns, as values whose dimensions keep their sizes; None where it is no tensor."""
+    meta = node.meta.get("tensor_meta")
+    if meta is None:
+        return None
+
+    def value(entry: Any) -> Any:
+        return Value.rigid(tuple(entry.shape), entry.dtype) if isinstance(entry, TensorMetadata) else entry
+
+    return tree_map(value, meta, is_leaf=lambda entry: isinstance(entry, TensorMetadata))
+
+
+def _in_order(node: fx.Node) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
+
+
+def _plain(node: fx.Node, named: dict[str, Any]) -> Any:
+    """The size of a tensor at the example batch, or arithmetic on sizes."""
+    if node.target is torch.ops.aten.sym_size.int:
+        return named["self"].shape[named["dim"]]
+    assert callable(node.target)
+    return node.target(*named.values())
+
+
+def heads_by_node(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Nodes whose result goes into an attention product, with the number of its heads: the dimension before the last
+    two of queries, keys and values."""
+    aten = torch.ops.aten
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.target in (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default):
+            for operand in node.all_input_nodes:
+                meta = operand.meta.get("tensor_meta")
+                if isinstance(meta, TensorMetadata) and len(meta.shape) > 3:
+                    _mark(operand, meta.shape[-3], found)
+    return found
+
+
+def _mark(node: fx.Node, heads: int, found: dict[fx.Node, int]) -> None:
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if node in found or node.op != "call_function":
+            continue
+        found[node] = heads
+        todo += node.all_input_nodes
