@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from .calibration import Statistics as Statistics
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
+    from .channels import Axis as Axis
+    from .channels import Call as Call
+    from .channels import ChannelRule as ChannelRule
+    from .channels import Channels as Channels
+    from .channels import Group as Group
+    from .channels import Member as Member
+    from .channels import Shrinking as Shrinking
+    from .channels import Value as Value
+    from .channels import find_channels as find_channels
     from .context import Context as Context
+    from .criteria import Criterion as Criterion
     from .data import Data as Data
     from .errors import BudgetError as BudgetError
     from .errors import CaptureError as CaptureError
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
     from .graph import bypass as bypass
     from .graph import followers as followers
     from .graph import layers as layers
+    from .graph import matches as matches
     from .graph import replace_layer as replace_layer
     from .graph import shape as shape
     from .graph import sharing as sharing
@@ -56,7 +67,19 @@ if TYPE_CHECKING:
 _HOME = {
     "calibration": ("Calibration", "Regression", "Statistics"),
     "captured": ("CapturedModel", "capture"),
+    "channels": (
+        "Axis",
+        "Call",
+        "ChannelRule",
+        "Channels",
+        "Group",
+        "Member",
+        "Shrinking",
+        "Value",
+        "find_channels",
+    ),
     "context": ("Context",),
+    "criteria": ("Criterion",),
     "data": ("Data",),
     "errors": (
         "BudgetError",
@@ -72,7 +95,7 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "bypass", "followers", "layers", "replace_layer", "shape", "sharing", "tied"),
+    "graph": ("Layer", "bypass", "followers", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),

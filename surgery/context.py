@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from .calibration import Calibration
     from .captured import CapturedModel
+    from .channels import Channels
+    from .criteria import Criterion
+    from .registry import Registry
 
 Progress = Callable[[str, int, int], None]
 """Called with what is worked on, how many are done, and how many there are."""
@@ -34,6 +37,8 @@ class Context:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = silent
+    registry: Registry | None = None
+    """Plugins to look up; None = those installed."""
 
     @property
     def has_calibration(self) -> bool:
@@ -58,6 +63,35 @@ class Context:
                 f"{who} needs calibration data and there is none",
                 fix="give data= in Python or --data module:function on the command line; labels are not needed",
             )
+
+    def channels(self, model: CapturedModel, *, heads: bool = False) -> Channels:
+        """Which channels of `model` live or die together, by the rules of every plugin. See `find_channels`."""
+        from .channels import find_channels
+
+        return find_channels(model, self._plugins.channel_rules, heads=heads)
+
+    def criterion(self, name: str) -> Criterion:
+        """The criterion of this name.
+
+        Raises:
+            RecipeError: there is none of that name.
+            InputError: it needs calibration or training data and there is none.
+        """
+        criterion = self._plugins.find_criterion(name)()
+        if criterion.needs_calibration:
+            self.require_calibration(f"criterion {name}")
+        if criterion.needs_training and self.data.training is None:
+            raise InputError(
+                f"criterion {name} needs training data with labels and there is none",
+                fix="give surgery.Data(training=…), batches of (inputs, target); or choose another criterion",
+            )
+        return criterion
+
+    @cached_property
+    def _plugins(self) -> Registry:
+        from .registry import Registry
+
+        return self.registry or Registry.load()
 
     def generator(self) -> torch.Generator:
         """A CPU random generator seeded for this step."""

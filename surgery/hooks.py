@@ -8,14 +8,16 @@ A plugin is a module named by an entry point in the group `surgery`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+    from .channels import ChannelRule
+    from .criteria import Criterion
     from .passes import Pass
 
 hookspec = pluggy.HookspecMarker("surgery")
@@ -37,4 +39,22 @@ def surgery_recipes() -> Sequence[Traversable]:  # type: ignore[empty-body]
 
     Each is a path or an `importlib.resources` entry ending in `.yaml`; its name is the file name without the ending and
     must be unique over all plugins.
+    """
+
+
+@hookspec
+def surgery_criteria() -> Sequence[type[Criterion]]:  # type: ignore[empty-body]
+    """Criteria of importance to choose channels by.
+
+    Each derives from `surgery.Criterion`; its name in recipes is the class name in snake case and must be unique over
+    all plugins.
+    """
+
+
+@hookspec
+def surgery_channel_rules() -> Mapping[Any, ChannelRule]:  # type: ignore[empty-body]
+    """How channels travel through operators and modules of your own, by operator or class of module.
+
+    Without a rule nothing that such an operator sees can be removed. The first plugin by name wins where two describe
+    the same.
     """

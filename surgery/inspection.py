@@ -109,7 +109,7 @@ def inspect(
     for index, (name, cls) in enumerate(classes.items()):
         progress(name, index, len(classes))
         try:
-            tried[name] = cls()(captured, Context(captured))[1]
+            tried[name] = cls()(captured, Context(captured, registry=registry))[1]
         except (SurgeryError, TypeError) as error:
             tried[name] = str(error)
     return Findings(total, tuple(infos), captured.notes, tried)

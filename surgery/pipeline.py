@@ -76,12 +76,13 @@ def operate(
         SurgeryError: one of its children, for a wrong recipe, plugin, model, input, data or folder. A broken budget is
             no error here; see `Operation.passed`.
     """
-    plan = resolve(recipe, registry or Registry.load())
+    plugins = registry or Registry.load()
+    plan = resolve(recipe, plugins)
     given = Data.of(data)
     inputs = Inputs.of(model, example_inputs)
     with _folder(out) as folder:
         run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
-        original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress)
+        original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress, plugins)
         files = _write_files(run, plan, original, result, progress)
         progress("verify", 0, 1)
         verification = _verify(plan, original, result, given, files.get("model.onnx"))
@@ -102,7 +103,14 @@ def operate(
 
 
 def _run_steps(
-    run: RunFolder, plan: Plan, model: nn.Module, inputs: Inputs, data: Data, device: str, progress: Progress
+    run: RunFolder,
+    plan: Plan,
+    model: nn.Module,
+    inputs: Inputs,
+    data: Data,
+    device: str,
+    progress: Progress,
+    registry: Registry,
 ) -> tuple[CapturedModel, CapturedModel, list[PassReport]]:
     names = ["capture", *(step.name() for step in plan.steps)]
     reports = run.finished(names)
@@ -114,7 +122,7 @@ def _run_steps(
     current = original if len(reports) == 1 else run.state(len(reports) - 1, names[len(reports) - 1])
     for index in range(len(reports), len(names)):
         progress(names[index], index, len(names))
-        context = Context(original, data, seed=plan.recipe.seed + index, device=device, progress=progress)
+        context = Context(original, data, plan.recipe.seed + index, device, progress, registry)
         current, report = plan.steps[index - 1](current, context)
         run.keep(index, names[index], current, report)
         reports.append(report)

@@ -4,7 +4,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +14,7 @@ from typing import Any
 import pluggy
 
 from . import hooks
+from .criteria import Criterion, check_criterion
 from .errors import PluginError, RecipeError
 from .passes import Pass, check_class
 
@@ -29,7 +30,7 @@ class Provided:
 
 
 class Registry:
-    """Passes and recipes by name."""
+    """Passes, recipes, criteria and channel rules, by name."""
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
         """Only the given plugin objects (modules or instances with hook implementations)."""
@@ -57,6 +58,20 @@ class Registry:
     def recipes(self) -> dict[str, Traversable]:
         return {name: provided.value for name, provided in sorted(self._recipes.items())}
 
+    @property
+    def criteria(self) -> dict[str, type[Criterion]]:
+        return {name: provided.value for name, provided in sorted(self._criteria.items())}
+
+    @property
+    def channel_rules(self) -> dict[Any, Any]:
+        """By operator or class of module."""
+        rules: dict[Any, Any] = {}
+        for name, given in self._contributions("surgery_channel_rules"):
+            if not isinstance(given, Mapping):
+                raise PluginError(f"surgery_channel_rules gives {type(given).__name__}", at=f"plugin {name}")
+            rules = {**given, **rules}
+        return rules
+
     def provider(self, name: str) -> str:
         """Import name of the plugin that offers the pass `name`."""
         return self._passes[name].plugin
@@ -69,6 +84,15 @@ class Registry:
                 fix=f"known passes: {', '.join(self.passes)}",
             )
         return self.passes[name]
+
+    def find_criterion(self, name: str) -> type[Criterion]:
+        """The criterion's class; RecipeError with the nearest names and the whole list where there is none."""
+        if name not in self._criteria:
+            raise RecipeError(
+                f"unknown criterion {name!r}{did_you_mean(name, self._criteria)}",
+                fix=f"known criteria: {', '.join(self.criteria)}",
+            )
+        return self.criteria[name]
 
     def find_recipe(self, name: str) -> Traversable:
         if name not in self._recipes:
@@ -101,23 +125,30 @@ class Registry:
                 )
         self._passes = self._gather("surgery_passes", _pass_name)
         self._recipes = self._gather("surgery_recipes", _recipe_name)
+        self._criteria = self._gather("surgery_criteria", _criterion_name)
 
     def _gather(self, hook: str, name_of: Any) -> dict[str, Provided]:
         found: dict[str, Provided] = {}
-        for implementation in sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=lambda i: i.plugin_name):
-            try:
-                values = list(implementation.function())
-            except Exception as error:
-                raise PluginError(f"{hook} fails: {error}", at=f"plugin {implementation.plugin_name}") from error
+        for plugin, values in self._contributions(hook):
             for value in values:
-                name = name_of(value, implementation.plugin_name)
+                name = name_of(value, plugin)
                 if name in found:
                     raise PluginError(
-                        f"two plugins offer {name!r}: {found[name].plugin} and {implementation.plugin_name}",
+                        f"two plugins offer {name!r}: {found[name].plugin} and {plugin}",
                         fix="uninstall one, or rename its class",
                     )
-                found[name] = Provided(value, implementation.plugin_name)
+                found[name] = Provided(value, plugin)
         return found
+
+    def _contributions(self, hook: str) -> Iterator[tuple[str, Any]]:
+        """What each plugin gives, by its name, in the order of the names."""
+        for implementation in sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=lambda i: i.plugin_name):
+            try:
+                given = implementation.function()
+                given = given if isinstance(given, Mapping) else list(given)
+            except Exception as error:
+                raise PluginError(f"{hook} fails: {error}", at=f"plugin {implementation.plugin_name}") from error
+            yield implementation.plugin_name, given
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -139,6 +170,10 @@ def _import(point: EntryPoint) -> object:
 
 def _pass_name(value: Any, plugin: str) -> str:
     return check_class(value, f"plugin {plugin}").name()
+
+
+def _criterion_name(value: Any, plugin: str) -> str:
+    return check_criterion(value, f"plugin {plugin}").name()
 
 
 def _recipe_name(value: Any, plugin: str) -> str:

@@ -4,13 +4,28 @@
     found.groups, found.frozen              units that can go, and what has to stay and why
     found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
 
-Reading order: positions · values · call · movement, arithmetic, layers (the rules) · rules · walk · groups · removal ·
-analysis.
+Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · shrinking · rules · walk ·
+groups · removal · analysis.
 """
 
 from __future__ import annotations
 
 from .analysis import Channels, find_channels
+from .call import Call
 from .groups import Frozen, Group, Member
+from .rules import ChannelRule
+from .shrinking import Shrinking
+from .values import Axis, Value
 
-__all__ = ["Channels", "Frozen", "Group", "Member", "find_channels"]
+__all__ = [
+    "Axis",
+    "Call",
+    "ChannelRule",
+    "Channels",
+    "Frozen",
+    "Group",
+    "Member",
+    "Shrinking",
+    "Value",
+    "find_channels",
+]

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from ..captured import CapturedModel
-from .call import Rule
-from .groups import Frozen, Group, Units
-from .removal import shrink
-from .rules import RULES
+from ..names import get_attribute
+from .call import Side
+from .groups import Frozen, Group, Member, Units
+from .removal import remove
+from .rules import RULES, ChannelRule
+from .values import values_in
 from .walk import Walk
 
 
-def find_channels(model: CapturedModel, rules: Mapping[Any, Rule] | None = None, *, heads: bool = False) -> Channels:
+def find_channels(
+    model: CapturedModel, rules: Mapping[Any, ChannelRule] | None = None, *, heads: bool = False
+) -> Channels:
     """Which channels of `model` live or die together.
 
     `rules` add to the built-in ones, by operator or class of module. With `heads`, attention loses whole heads
@@ -46,6 +50,11 @@ class Channels:
         """Output channels that have to stay, by layer, and why."""
         return self.units.frozen()
 
+    @property
+    def outputs(self) -> list[Side]:
+        """Output channels of every layer."""
+        return list(self.walk.facts.outputs.values())
+
     def alive(self, removed: Sequence[Tensor]) -> Tensor:
         """(positions,) which positions stay when in each group the units marked in `removed` (size,) go."""
         dead = torch.zeros(self.units.count + 1, dtype=torch.bool)  # the last one is for positions of no unit
@@ -57,9 +66,45 @@ class Channels:
     def cost(self) -> Cost:
         return Cost(self.walk, self.units.of_position)
 
+    def tensor(self, member: Member) -> Tensor:
+        """The parameter or buffer that `member` is about."""
+        found: Tensor = get_attribute(self.model, member.slot.tensor)
+        return found
+
+    def spared(self, removed: Sequence[Tensor]) -> list[Tensor]:
+        """The same marks, less one unit for every dimension of the graph's tensors that would be left with nothing."""
+        dead = torch.cat([torch.empty(0, dtype=torch.bool), *removed])
+        places = torch.cat([torch.empty(0, dtype=torch.long), *(group.units for group in self.groups)])
+        while True:
+            alive = self.alive(dead.split([group.size for group in self.groups]))
+            counts = torch.zeros(len(self._axes), dtype=torch.long)
+            counts.index_add_(0, self._axis_of, alive[torch.cat(self._axes)].long())
+            empty = torch.nonzero(counts == 0).reshape(-1).tolist()
+            if not empty:
+                return list(dead.split([group.size for group in self.groups]))
+            for axis in empty:
+                dead[places == self.units.of_position[self._axes[axis][0]]] = False
+
+    @cached_property
+    def _axes(self) -> list[Tensor]:
+        """Numbers along every dimension of every tensor of the graph that may shrink, once each."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for value in values_in(list(self.walk.values.values())):
+            for axis in filter(None, value.axes):
+                key = axis.size, int(axis.ids[0]), int(axis.ids[-1]), int(axis.ids.sum())
+                found.setdefault(key, axis.ids)
+        return [ids for ids in found.values() if bool((self.units.of_position[ids] >= 0).all())]
+
+    @cached_property
+    def _axis_of(self) -> Tensor:
+        return torch.repeat_interleave(torch.tensor([len(ids) for ids in self._axes], dtype=torch.long))
+
     def remove(self, removed: Sequence[Tensor]) -> None:
-        """Shrink the model in place: parameters are replaced, sizes in the graph adapted. `removed` as for `alive`."""
-        shrink(self.model, self.walk, self.alive(removed))
+        """Shrink the model in place: parameters are replaced, sizes in the graph adapted. `removed` as for `alive`.
+
+        What is known about channels is about the model before; ask `find_channels` again.
+        """
+        remove(self.model, self.walk, self.alive(removed))
 
 
 class Cost:

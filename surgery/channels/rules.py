@@ -1,8 +1,9 @@
-"""Which rule reads which operator and which module."""
+"""Which rule is for which operator and which module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,23 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import arithmetic, layers, movement
-from .call import Rule
+from . import arithmetic, layers, movement, shrinking
+from .call import Call, Rule
+from .shrinking import Shrink
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ChannelRule:
+    """How channels travel through an operator or a module.
+
+    `read` says of a call which places of its dimensions belong together, and gives its result as a `Value` or a list
+    of them; `shrink` sets what the module or node says about sizes once channels are gone, where it says anything.
+    """
+
+    read: Rule
+    shrink: Shrink | None = None
 
 
 def _table(rules: Iterable[tuple[Rule, str]]) -> dict[Any, Rule]:
@@ -23,7 +37,7 @@ def _table(rules: Iterable[tuple[Rule, str]]) -> dict[Any, Rule]:
     return {getattr(aten, name): rule for rule, names in rules for name in names.split() if hasattr(aten, name)}
 
 
-RULES: dict[Any, Rule] = {
+_READ: dict[Any, Rule] = {
     _ConvNd: layers.convolution,
     nn.Linear: layers.linear,
     nn.Bilinear: layers.bilinear,
@@ -95,13 +109,21 @@ RULES: dict[Any, Rule] = {
 )
 
 
-def rule_for(node: fx.Node, module: nn.Module | None, rules: Mapping[Any, Rule]) -> Rule:
-    """By class of the module, or by operator; operators that torch marks as elementwise need no entry."""
+RULES: dict[Any, ChannelRule] = {key: ChannelRule(read, shrinking.RULES.get(key)) for key, read in _READ.items()}
+
+
+def find(rules: Mapping[Any, ChannelRule], node: fx.Node, module: nn.Module | None) -> ChannelRule | None:
+    """By class of the module, or by operator, its overload first."""
     if module is not None:
-        return next((rules[cls] for cls in type(module).__mro__ if cls in rules), arithmetic.unknown)
+        return next((rules[cls] for cls in type(module).__mro__ if cls in rules), None)
     target: Any = node.target
-    for key in (target, getattr(target, "overloadpacket", None)):
-        if key in rules:
-            return rules[key]
-    pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
-    return arithmetic.elementwise if pointwise else arithmetic.unknown
+    return rules.get(target) or rules.get(getattr(target, "overloadpacket", None))
+
+
+def read(rules: Mapping[Any, ChannelRule], call: Call) -> Any:
+    """The call's result. Operators that torch marks as elementwise need no rule."""
+    rule = find(rules, call.node, call.module)
+    if rule is not None:
+        return rule.read(call)
+    pointwise = call.module is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ())
+    return arithmetic.elementwise(call) if pointwise else arithmetic.unknown(call)

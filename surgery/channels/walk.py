@@ -14,16 +14,16 @@ from torch.utils._pytree import tree_map, tree_map_only
 from ..captured import CapturedModel
 from ..names import get_attribute, tensors
 from ..vocabulary import arguments
-from .call import Call, Facts, Rule, parameter_value
+from .call import Call, Facts, parameter_value
 from .positions import Positions
-from .rules import rule_for
+from .rules import ChannelRule, read
 from .values import Value, values_in
 
 
 class Walk:
     """`values` of every node after `run`, and the `facts` the rules stated."""
 
-    def __init__(self, model: CapturedModel, rules: Mapping[Any, Rule], heads: bool) -> None:
+    def __init__(self, model: CapturedModel, rules: Mapping[Any, ChannelRule], heads: bool) -> None:
         names: dict[int, str] = {}
         for name, tensor in tensors(model).items():
             names.setdefault(id(tensor), name)
@@ -52,7 +52,7 @@ class Walk:
             return node.target(*call.arguments.values())
         if "tensor_meta" not in node.meta:  # sizes
             return _plain(node, call.arguments)
-        return rule_for(node, call.module, self.rules)(call)
+        return read(self.rules, call)
 
     def _call(self, node: fx.Node) -> Call:
         module, layer = None, node.name

@@ -1,0 +1,137 @@
+"""How many units of each group go: an order over all units, cut where the target is met.
+
+Every unit has a key; units go in the order of their keys. Within groups the key is the share of the group that is gone
+with the unit, over the whole network it is the importance per cost. A cut gives nested sets, so any budget is found by
+bisection, to one unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery import Channels
+
+NEVER = math.inf
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is left of each group: at least `least` units, in multiples of `round_to` where it loses any."""
+
+    least: int = 1
+    round_to: int = 1
+
+    def counts(self, size: int) -> list[int]:
+        """How many units may go, ascending; 0 is always among them."""
+        kept = [k for k in range(size - 1, max(1, self.least) - 1, -1) if k % self.round_to == 0]
+        return [0, *(size - k for k in kept)]
+
+
+def keys_by_share(scores: Tensor, limits: Limits) -> Tensor:
+    """(size,) share of the group that is gone with each unit; the lowest `scores` go first."""
+    size = len(scores)
+    counts = torch.tensor(limits.counts(size))
+    return _stepped(scores, counts, counts / size)
+
+
+def keys_by_score(scores: Tensor, limits: Limits, cost: float) -> Tensor:
+    """(size,) mean score per cost of the units that go together, never falling in the order of the scores."""
+    size = len(scores)
+    counts = torch.tensor(limits.counts(size))
+    totals = torch.cat([torch.zeros(1, dtype=torch.float64), scores.double().sort(stable=True).values.cumsum(0)])[
+        counts
+    ]
+    means = torch.cat([torch.full((1,), -math.inf, dtype=torch.float64), totals.diff() / counts.diff()])
+    return _stepped(scores, counts, means / cost)
+
+
+def _stepped(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
+    """Keys that let `counts[i]` units go at `values[i]`, none of them sooner."""
+    order = torch.argsort(scores, stable=True)
+    step = torch.searchsorted(counts, torch.arange(1, len(scores) + 1))
+    keys = torch.full((len(scores),), NEVER, dtype=torch.float64)
+    reached = step < len(counts)
+    keys[order[reached]] = values.double()[step[reached]]
+    return keys
+
+
+def marks_at(keys: Sequence[Tensor], cut: float) -> list[Tensor]:
+    """Per group (size,) whether each unit goes: those with keys up to `cut`."""
+    return [(k <= cut + 1e-9) & (k < NEVER) for k in keys]
+
+
+def share_of(keys: Sequence[Tensor], ratio: float) -> float:
+    """The cut at which `ratio` of all units are gone, or as many as may go."""
+    flat = torch.cat([torch.empty(0, dtype=torch.float64), *keys]).sort().values
+    count = int(ratio * len(flat) + 1e-9)
+    return float(flat[count - 1]) if count else -math.inf
+
+
+def forced(shares: Tensor, ratio: float) -> Tensor:
+    """Keys for a group that loses `ratio` of its units, before anything else goes, and no more."""
+    return torch.where(shares <= ratio + 1e-9, -math.inf, NEVER)
+
+
+def savings(found: Channels, budget: Budget) -> list[float]:
+    """Per group how much of the budget's measure one unit takes with it."""
+    none = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]
+    whole = budget.measure(found.alive(none))
+    costs = []
+    for index, group in enumerate(found.groups):
+        one = list(none)
+        one[index] = torch.arange(group.size) == 0
+        costs.append(max(1.0, whole - budget.measure(found.alive(one))))
+    return costs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Share `target` of what `measure` gives for the whole model that is to remain."""
+
+    name: str
+    target: float
+    measure: Callable[[Tensor], float]
+    """From (positions,) alive to MACs, parameters or bytes."""
+
+
+def cut_for(found: Channels, keys: Sequence[Tensor], budget: Budget) -> tuple[list[Tensor], float]:
+    """Marks with which the budget is just met, and the share that then remains: the largest one not above the target,
+    or the smallest that there is."""
+    whole = budget.measure(found.alive([torch.zeros(len(k), dtype=torch.bool) for k in keys]))
+    flat = torch.cat([torch.empty(0, dtype=torch.float64), *keys])
+    group = torch.repeat_interleave(torch.tensor([len(k) for k in keys], dtype=torch.long))
+    order = [int(i) for i in torch.argsort(flat, stable=True) if flat[i] < NEVER]
+    steps = _together(flat, group, order)
+
+    def marks(count: int) -> list[Tensor]:
+        chosen = torch.zeros(len(flat), dtype=torch.bool)
+        chosen[torch.tensor([i for step in steps[:count] for i in step], dtype=torch.long)] = True
+        return list(chosen.split([len(k) for k in keys]))
+
+    def share(count: int) -> float:
+        return budget.measure(found.alive(marks(count))) / whole
+
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(middle) <= budget.target else (middle + 1, high)
+    return marks(low), share(low)
+
+
+def _together(flat: Tensor, group: Tensor, order: list[int]) -> list[list[int]]:
+    """The order cut into steps of units of one group with the same key."""
+    steps: list[list[int]] = []
+    last: tuple[float, int] | None = None
+    for i in sorted(order, key=lambda i: (float(flat[i]), int(group[i]))):
+        this = float(flat[i]), int(group[i])
+        if this == last:
+            steps[-1].append(i)
+        else:
+            steps.append([i])
+        last = this
+    return steps

@@ -1,0 +1,57 @@
+"""What a criterion of importance is: how much each unit of channels matters, judged by whoever wants to remove some."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import PluginError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .channels import Channels
+    from .context import Context
+
+
+class Criterion(ABC):
+    """Importance of the units of every group. The first line of the class docstring is the criterion's summary; the
+    docstring names the paper it follows."""
+
+    needs_calibration: ClassVar[bool] = False
+    """It cannot judge without calibration data."""
+    needs_training: ClassVar[bool] = False
+    """It cannot judge without training data, `(inputs, target)` in batches, for the loss."""
+    comparable: ClassVar[bool] = False
+    """Scores of different groups measure the same thing, such as a rise of the loss; else only the order within a
+    group has a meaning, and scores are divided by their mean over the group before groups are compared."""
+
+    @classmethod
+    def name(cls) -> str:
+        """Recipe value: the class name in snake case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
+    def summary(cls) -> str:
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    @abstractmethod
+    def scores(self, found: Channels, context: Context) -> list[Tensor]:
+        """One tensor (size,) per group of `found.groups`, about the model `found.model`; the lowest go first. Neither
+        the model nor the data is changed."""
+
+
+def check_criterion(cls: Any, place: str) -> type[Criterion]:
+    """`cls` as a criterion class; PluginError says what is wrong with it."""
+    problem = None
+    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
+        problem = "is not a subclass of surgery.Criterion"
+    elif not cls.summary():
+        problem = "has no docstring; its first line is the criterion's summary"
+    elif cls.__abstractmethods__:
+        problem = f"does not define {', '.join(sorted(cls.__abstractmethods__))}"
+    if problem:
+        raise PluginError(f"{getattr(cls, '__name__', cls)!s}: {problem}", at=place, fix="see docs/plugins.md")
+    assert isinstance(cls, type)
+    return cls
