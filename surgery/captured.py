@@ -23,8 +23,9 @@ from .preparing import bake_parametrisations, private_copy, twin, unwrapped
 from .program import export
 from .raising import Raiser
 from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
-from .reproduction import Known, at_another_batch, compare, forward, on_other_numbers
+from .reproduction import Known, at_another_batch, compare, known, on_other_numbers
 from .reproduction import relative_error as relative_error
+from .tracing import uncollected
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
             or its graph does not reproduce it; the message names the line of user code and what to try.
     """
     model = unwrapped(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), uncollected():
         inputs = Inputs.of(model, example_inputs).clone()
         inputs.check_finite("example inputs")
         private = private_copy(model)
@@ -127,21 +128,22 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
 def _reproduced(private: nn.Module, inputs: Inputs) -> tuple[CapturedModel, float, str]:
     """A graph of `private` with its error, and why its batch size is fixed if it is."""
     called = twin(private)  # some build on the first call what they need, others keep what had better be computed anew
-    example = inputs, forward(called, inputs)
+    example = known(called, inputs)
     other, why_fixed = at_another_batch(private, inputs)
     if other:
         try:
             captured = _graph((private, called), inputs, free_batch=True)
-            return captured, _error(captured, private, other, example), ""
+            return captured, _error(captured, private, example, other), ""
         except CaptureError as error:
             why_fixed = error.problem
     captured = _graph((private, called), inputs, free_batch=False)
-    return captured, _error(captured, private, *on_other_numbers(private, inputs), example), why_fixed
+    return captured, _error(captured, private, example, *on_other_numbers(private, inputs)), why_fixed
 
 
-def _error(captured: CapturedModel, model: nn.Module, *known: Known) -> float:
-    """Largest deviation; the last of `known` decides which shapes are noted on the nodes."""
-    return max(compare(captured, model, *pair) for pair in known)
+def _error(captured: CapturedModel, model: nn.Module, example: Known, *others: Known) -> float:
+    """Largest deviation; the shapes of the example are noted on the nodes."""
+    errors = [compare(captured, model, other, note_shapes=False) for other in others]
+    return max(*errors, compare(captured, model, example, note_shapes=True), 0.0)
 
 
 def _graph(candidates: Sequence[nn.Module], inputs: Inputs, *, free_batch: bool) -> CapturedModel:

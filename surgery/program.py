@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import CaptureError
 from .inputs import Inputs
+from .normalising import NAME, opaque_norms, plain_norms
 from .tracing import first_line, plain_attention, quiet, user_line
 
 
@@ -45,8 +47,37 @@ def _export(model: nn.Module, inputs: Inputs, dim: Any) -> ExportedProgram:
     if dim is not None:
         inputs = inputs.with_batch(max(2, inputs.batch_size))  # export takes sizes 0 and 1 for constants
         shapes = _dynamic_shapes(model, inputs, dim)
-    with plain_attention(), quiet():
+
+    def program() -> ExportedProgram:
         return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+
+    with plain_attention(), quiet(), _without_counters(model):
+        try:
+            with opaque_norms(model):
+                exported = program()
+        except Exception as error:
+            if NAME.partition("::")[2] not in str(error):
+                raise
+            return program()  # what stands around the layer, such as vmap, does not know the operator
+    plain_norms(exported.graph_module)
+    return exported
+
+
+@contextmanager
+def _without_counters(model: nn.Module) -> Iterator[None]:
+    """Makes plain attributes of the batch counters of BatchNorm, which only training mode uses.
+
+    To export every buffer is an input that is followed through the model, used or not.
+    """
+    layers = [m for m in model.modules() if type(m) in _BATCH_NORMS and not m.training]
+    counting = [m for m in layers if m._buffers.get(_COUNTER) is not None]
+    try:
+        for module in counting:
+            vars(module)[_COUNTER] = module._buffers.pop(_COUNTER)
+        yield
+    finally:
+        for module in counting:
+            module._buffers[_COUNTER] = vars(module).pop(_COUNTER)
 
 
 def _without_writes(program: ExportedProgram) -> ExportedProgram:
@@ -73,6 +104,9 @@ def _is_dynamic(program: ExportedProgram) -> bool:
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user]
     return any(isinstance(v, Tensor) and v.ndim and isinstance(v.shape[0], torch.SymInt) for v in values)
 
+
+_COUNTER = "num_batches_tracked"
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 _REMEDIES = {
     "data-dependent": "the forward decides on the values of a tensor: use torch.where instead of a Python if",

@@ -46,6 +46,7 @@ class Raiser:
     ) -> None:
         self.source, self.names, self.constants, self.origin = source, names, constants, origin
         self.reserved = reserved
+        self.persistent = origin.state_dict().keys()
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
@@ -186,7 +187,7 @@ class Raiser:
         if isinstance(tensor, nn.Parameter):
             home.register_parameter(leaf, tensor)
         else:
-            home.register_buffer(leaf, tensor, persistent=name in self.origin.state_dict())
+            home.register_buffer(leaf, tensor, persistent=name in self.persistent)
 
     def _raise(self, node: fx.Node) -> fx.Node:
         name, raised = self.plans[node]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -11,13 +13,28 @@ from .graph import propagate
 from .inputs import Inputs
 from .names import tensors
 from .preparing import twin
+from .replay import Recording
 from .tracing import evaluating, first_line, user_line
 
 # A captured graph calls the very operators of the model; rounding may differ only where a region was recomputed.
 RELATIVE_BOUND = 1e-5
 
-Known = tuple[Inputs, list[Tensor]]
-"""Inputs, and the flat output tensors of the model itself."""
+
+@dataclass(frozen=True)
+class Known:
+    """Inputs, the flat output tensors of the model itself, and what it computed on the way."""
+
+    inputs: Inputs
+    outputs: list[Tensor]
+    recording: Recording
+
+
+def known(model: nn.Module, inputs: Inputs) -> Known:
+    """What `model` gives. Raises CaptureError as `forward` does."""
+    recording = Recording()
+    with recording.records(model):
+        outputs = forward(model, inputs)
+    return Known(inputs, outputs, recording)
 
 
 def forward(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -67,19 +84,25 @@ def _replaced(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
 def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, str]:
     """Other numbers in another batch size with the model's outputs; or None and why the model takes none."""
     reason = ""
-    for size in (inputs.batch_size + 2, 2 * inputs.batch_size):
+    for size in _other_sizes(inputs.batch_size):
         for other in (varied(inputs.with_batch(size)), inputs.with_batch(size)):
             try:
-                return (other, forward(twin(model), other)), ""
+                return known(twin(model), other), ""
             except CaptureError as error:
                 reason = reason or f"at {size}, {error.problem}"
     return None, reason
 
 
+def _other_sizes(batch: int) -> list[int]:
+    """Small first, as a forward costs by the sample; not one, at which models squeeze and broadcast."""
+    small = 2 if batch != 2 else 3
+    return list(dict.fromkeys((small, batch + 2, 2 * batch)))
+
+
 def on_other_numbers(model: nn.Module, inputs: Inputs) -> list[Known]:
     """Other numbers in the example's batch size with the model's outputs, unless the model does not take them."""
     try:
-        return [(varied(inputs), forward(twin(model), varied(inputs)))]
+        return [known(twin(model), varied(inputs))]
     except CaptureError:
         return []
 
@@ -96,14 +119,17 @@ def _varied(tensor: Tensor) -> Tensor:
     return tensor.flatten()[order].view(tensor.shape) * factors.to(tensor)
 
 
-def compare(graph: fx.GraphModule, model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
-    """Largest deviation relative to the largest expected value; shapes are noted on the nodes.
+def compare(graph: fx.GraphModule, model: nn.Module, known: Known, *, note_shapes: bool) -> float:
+    """Largest deviation relative to the largest expected value; on demand, shapes are noted on the nodes.
 
     Raises:
         CaptureError: the graph does not run, has other outputs, or deviates; or the model is random.
     """
+    inputs, expected = known.inputs, known.outputs
     try:
-        actual = [v for v in propagate(graph, inputs) if isinstance(v, Tensor)]
+        with known.recording.replays(graph), torch.no_grad():
+            outputs = propagate(graph, inputs) if note_shapes else tree_leaves(graph(*inputs.args, **inputs.kwargs))
+        actual = [v for v in outputs if isinstance(v, Tensor)]
     except Exception as error:
         raise CaptureError(
             f"the graph does not run: {type(error).__name__}: {first_line(error)}", fix=_CONSTANTS
