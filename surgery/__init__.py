@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .calibration import Aim as Aim
     from .calibration import Calibration as Calibration
     from .calibration import Regression as Regression
     from .calibration import Statistics as Statistics
+    from .calibration import Step as Step
+    from .calibration import Task as Task
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
     from .channels import Axis as Axis
     from .channels import Call as Call
+    from .channels import Carrier as Carrier
     from .channels import ChannelRule as ChannelRule
     from .channels import Channels as Channels
     from .channels import Group as Group
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from .channels import Value as Value
     from .channels import find_channels as find_channels
     from .context import Context as Context
+    from .contract import snapshot as snapshot
     from .criteria import Criterion as Criterion
     from .data import Data as Data
     from .errors import BudgetError as BudgetError
@@ -65,11 +70,12 @@ if TYPE_CHECKING:
     from .verification import verify as verify
 
 _HOME = {
-    "calibration": ("Calibration", "Regression", "Statistics"),
+    "calibration": ("Aim", "Calibration", "Regression", "Statistics", "Step", "Task"),
     "captured": ("CapturedModel", "capture"),
     "channels": (
         "Axis",
         "Call",
+        "Carrier",
         "ChannelRule",
         "Channels",
         "Group",
@@ -79,6 +85,7 @@ _HOME = {
         "find_channels",
     ),
     "context": ("Context",),
+    "contract": ("snapshot",),
     "criteria": ("Criterion",),
     "data": ("Data",),
     "errors": (

@@ -216,7 +216,7 @@ def _dropped(private: nn.Module, captured: CapturedModel) -> list[str]:
     notes += [
         f"{node.meta.get('module_path') or node.name}: normalises with its running statistics in training mode too"
         for node in captured.graph.nodes
-        if str(node.target).startswith(("aten.batch_norm", "aten.instance_norm"))
+        if str(node.target).startswith(("aten.batch_norm", "aten.instance_norm")) and node.args[3] is not None
     ]
     return list(dict.fromkeys(notes))
 

@@ -49,6 +49,9 @@ class PruneFilters(Pass):
     overrides: Annotated[
         dict[str, Ratio], Field(description="ratio by pattern on layer names; 0 protects; the first that fits counts")
     ] = field(default_factory=dict)
+    reconstruct: Annotated[
+        bool | None, Field(description="solve the weights left anew on data; null = when there is some")
+    ] = None
     round_to: Annotated[int, Field(ge=1, description="what is left of a group is a multiple of this")] = 1
     min_width: Annotated[int, Field(ge=1, description="fewest units that are left of a group")] = 1
     heads: Annotated[bool, Field(description="attention loses whole heads, not features of every head")] = False
@@ -68,7 +71,13 @@ class PruneFilters(Pass):
             raise self._nothing(found)
         marks = found.spared(self._marks(found, criterion, context, ratios))
         edits, skips = _edits(found, marks), _skips(found)
+        before = surgery.snapshot(model)
+        keep = found.kept(marks)
         found.remove(marks)
+        if self.reconstruct if self.reconstruct is not None else context.has_calibration:
+            from .repair import reconstruct
+
+            reconstruct(model, before, keep, context)
         return PassReport(tuple(edits), tuple(skips))
 
     def _ratios(self, found: Channels) -> list[float | None]:
@@ -215,9 +224,14 @@ def _skips(found: Channels) -> list[Skip]:
 
 @hookimpl
 def surgery_criteria() -> list[type[Criterion]]:
-    from .weights import L1
+    from .activations import ActivationMean, Apoz, MutualInformation
+    from .losses import Oracle, Taylor
+    from .reconstruction import Reconstruction
+    from .thinet import Thinet
+    from .weights import L1, L2, BatchnormScale, GeometricMedian, Random
 
-    return [L1]
+    of_weights: list[type[Criterion]] = [L1, L2, Random, BatchnormScale, GeometricMedian]
+    return [*of_weights, ActivationMean, Apoz, MutualInformation, Taylor, Oracle, Thinet, Reconstruction]
 
 
 @hookimpl

@@ -120,7 +120,42 @@ def cut_for(found: Channels, keys: Sequence[Tensor], budget: Budget) -> tuple[li
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= budget.target else (middle + 1, high)
+    if low and share(low) < budget.target * (1 - CLOSE):
+        return _finer(found, steps, low - 1, budget, whole, keys)
     return marks(low), share(low)
+
+
+CLOSE = 0.005
+"""A cut that undershoots the target by more than this share of it is refined with smaller steps."""
+
+
+def _finer(
+    found: Channels, steps: list[list[int]], count: int, budget: Budget, whole: float, keys: Sequence[Tensor]
+) -> tuple[list[Tensor], float]:
+    """From `count` steps, which leave too much, on: steps in their order, less those that would take too much, and the
+    later ones of their groups."""
+    sizes = [len(k) for k in keys]
+    group = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.long))
+    chosen = torch.zeros(len(group), dtype=torch.bool)
+    chosen[torch.tensor([i for step in steps[:count] for i in step], dtype=torch.long)] = True
+    closed: set[int] = set()
+    best, left = chosen, math.inf
+    for step in steps[count:]:
+        owner = int(group[step[0]])
+        if owner in closed:
+            continue
+        tried = chosen.clone()
+        tried[torch.tensor(step)] = True
+        share = budget.measure(found.alive(tried.split(sizes))) / whole
+        if share < budget.target * (1 - CLOSE):
+            closed.add(owner)
+            if abs(share - budget.target) < abs(left - budget.target):
+                best, left = tried, share
+            continue
+        chosen = tried
+        if share <= budget.target:
+            return list(chosen.split(sizes)), share
+    return list(best.split(sizes)), left
 
 
 def _together(flat: Tensor, group: Tensor, order: list[int]) -> list[list[int]]:

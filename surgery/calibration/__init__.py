@@ -7,5 +7,6 @@ from .compare import Aim
 from .moments import Moments, Regression
 from .ranges import Histogram, Range
 from .service import Calibration
+from .sweep import Step, Task
 
-__all__ = ["Aim", "Calibration", "Histogram", "Moments", "Range", "Regression", "Statistics", "Want"]
+__all__ = ["Aim", "Calibration", "Histogram", "Moments", "Range", "Regression", "Statistics", "Step", "Task", "Want"]

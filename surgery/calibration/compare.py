@@ -47,7 +47,7 @@ class Comparison:
         """Values of the operated model's and of the original's nodes on the same batch."""
         module = self.layer.module
         for node, aim in zip(self.layer.nodes, self.aims, strict=True):
-            target = _target(aim, own, wanted, channel_dim(module))
+            target, _ = target_of(aim, own, wanted[aim.target], channel_dim(module))
             y = output_rows(module, target)
             self._check(y.shape[2] == weight_matrix(module).shape[1], aim, target)
             start = 0
@@ -68,13 +68,15 @@ class Comparison:
         return Regression.of(self._joint.finish(), groups_and_features(self.layer.module)[1])
 
 
-def _target(aim: Aim, own: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int) -> Tensor:
-    value = wanted[aim.target]
-    if aim.keep is not None:
-        value = value.index_select(channels, aim.keep.to(value.device))
-    for name in aim.minus:
-        value = value - own[name]
-    return value
+def target_of(aim: Aim, own: Mapping[str, Tensor], wanted: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """What a call should give, from the reference's value `wanted`; and what was taken off it, None = nothing."""
+    value = wanted if aim.keep is None else wanted.index_select(channels, aim.keep.to(wanted.device))
+    if not aim.minus:
+        return value, None
+    offset = own[aim.minus[0]]
+    for name in aim.minus[1:]:
+        offset = offset + own[name]
+    return value - offset, offset
 
 
 def aim_of(original: fx.GraphModule, node: fx.Node) -> Aim | None:

@@ -28,6 +28,7 @@ from .batches import checked_batches
 from .collect import Collector, Gatherer, Item, Statistics, Values, Want, gram_bytes, placed
 from .compare import Aim, Comparison, aim_of
 from .moments import Regression
+from .sweep import Step, Task, live_bytes, sweep
 
 AnyItem = TypeVar("AnyItem", bound=Item)
 _Known = dict[tuple[bool, str], Statistics]
@@ -49,9 +50,11 @@ class Calibration:
         samples: int | None = None,
         gram_bytes: int = 2**30,
         chunk_bytes: int = 2**23,
+        sweep_bytes: int = 2**31,
     ) -> None:
         self.batches, self.original, self.device, self.progress = batches, original, torch.device(device), progress
         self.samples, self.gram_bytes, self.chunk_bytes = samples, gram_bytes, chunk_bytes
+        self.sweep_bytes = sweep_bytes
         self._cache: list[tuple[_Version, _Known]] = []
 
     def collect(self, model: CapturedModel, items: Iterable[Item], want: Sequence[Want]) -> dict[str, Statistics]:
@@ -110,6 +113,23 @@ class Calibration:
                 for job in jobs:
                     job.add(own_values, wanted_values, self.chunk_bytes)
         return {job.layer.name: job.finish() for job in jobs}
+
+    def sweep(
+        self, model: CapturedModel, steps: Iterable[Step], reference: CapturedModel | None = None
+    ) -> Iterator[Task]:
+        """One task per step in the order of execution: solve it and replace the layer's weights before the next one.
+
+        `reference` (default: the original) is what the aims are about. All samples go through at a time; where their
+        values would take more than `sweep_bytes`, only as many samples as fit are used. Runs where the models lie.
+
+        Raises:
+            InputError: as for `stream`.
+        """
+        there = reference or self.original
+        fitting = max(1, self.sweep_bytes // max(1, live_bytes(model) + live_bytes(there)))
+        limit = fitting if self.samples is None else min(fitting, self.samples)
+        batches = list(checked_batches(model, self.batches, limit))
+        yield from sweep(model, there, batches, steps, self.chunk_bytes)
 
     def aim(self, node: fx.Node) -> Aim | None:
         """What `node` of an operated model should give to meet the original after it; None where that is not known.

@@ -5,13 +5,14 @@
     found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
 
 Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · shrinking · rules · walk ·
-groups · removal · analysis.
+groups · carriers · removal · analysis.
 """
 
 from __future__ import annotations
 
 from .analysis import Channels, find_channels
 from .call import Call
+from .carriers import Carrier
 from .groups import Frozen, Group, Member
 from .rules import ChannelRule
 from .shrinking import Shrinking
@@ -20,6 +21,7 @@ from .values import Axis, Value
 __all__ = [
     "Axis",
     "Call",
+    "Carrier",
     "ChannelRule",
     "Channels",
     "Frozen",

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..captured import CapturedModel
 from ..names import get_attribute
 from .call import Side
+from .carriers import Carrier, carriers
 from .groups import Frozen, Group, Member, Units
 from .removal import remove
 from .rules import RULES, ChannelRule
-from .values import values_in
+from .values import Value, values_in
 from .walk import Walk
 
 
@@ -55,12 +56,33 @@ class Channels:
         """Output channels of every layer."""
         return list(self.walk.facts.outputs.values())
 
+    @property
+    def inputs(self) -> list[Side]:
+        """Input channels of every layer."""
+        return list(self.walk.facts.inputs.values())
+
+    @cached_property
+    def carriers(self) -> tuple[tuple[Carrier, ...], ...]:
+        """Per group the values that layers read its units from. See `surgery.channels.carriers`."""
+        return carriers(self.walk, self.units, self.groups)
+
     def alive(self, removed: Sequence[Tensor]) -> Tensor:
         """(positions,) which positions stay when in each group the units marked in `removed` (size,) go."""
         dead = torch.zeros(self.units.count + 1, dtype=torch.bool)  # the last one is for positions of no unit
         for group, marks in zip(self.groups, removed, strict=True):
             dead[group.units] = marks
         return ~dead[self.units.of_position]
+
+    def kept(self, removed: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By name of a node that loses channels along one dimension of its result: the places that are left there."""
+        alive = self.alive(removed)
+        found = {}
+        for node, value in self.walk.values.items():
+            if isinstance(value, Value):
+                lost = [alive[axis.ids] for axis in value.axes if axis is not None and not bool(alive[axis.ids].all())]
+                if len(lost) == 1:
+                    found[node.name] = torch.nonzero(lost[0]).reshape(-1)
+        return found
 
     @cached_property
     def cost(self) -> Cost:
@@ -74,11 +96,13 @@ class Channels:
     def spared(self, removed: Sequence[Tensor]) -> list[Tensor]:
         """The same marks, less one unit for every dimension of the graph's tensors that would be left with nothing."""
         dead = torch.cat([torch.empty(0, dtype=torch.bool), *removed])
-        places = torch.cat([torch.empty(0, dtype=torch.long), *(group.units for group in self.groups)])
+        nothing = torch.empty(0, dtype=torch.long)
+        places = torch.cat([nothing, *(group.units for group in self.groups)])
+        along = torch.cat([nothing, *self._axes])
         while True:
             alive = self.alive(dead.split([group.size for group in self.groups]))
             counts = torch.zeros(len(self._axes), dtype=torch.long)
-            counts.index_add_(0, self._axis_of, alive[torch.cat(self._axes)].long())
+            counts.index_add_(0, self._axis_of, alive[along].long())
             empty = torch.nonzero(counts == 0).reshape(-1).tolist()
             if not empty:
                 return list(dead.split([group.size for group in self.groups]))

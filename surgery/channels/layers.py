@@ -117,6 +117,8 @@ def bilinear(call: Call) -> Any:
         call.unite(weight.axes[0], bias.axes[0])
     call.freeze_all([*first.axes[:-1], *second.axes[:-1]], "nn.Bilinear along it")
     call.produces(weight.axes[0])
+    before = [(size, None) for size in first.shape[:-1]]
+    call.costs([*before, *zip(weight.shape, weight.axes, strict=True)], 2)
     return call.gives([*[None] * (first.ndim - 1), weight.axes[0]])
 
 
@@ -144,7 +146,7 @@ def normalised_per_channel(call: Call) -> Any:
     zero = axis is not None and (affine or (isinstance(call.module, nn.PReLU) and axis.zero))
     axes: list[Axis | None] = [other and Axis(other.ids, False) for other in x.axes]
     axes[1] = axis and Axis(axis.ids, zero)
-    if "Instance" in type(call.module).__name__:
+    if "Instance" in type(call.module).__name__ or "instance" in str(call.node.target):
         call.freeze_all(x.axes[2:], "normalised over")
     return call.gives(axes)
 
@@ -196,4 +198,7 @@ def recurrent(call: Call) -> Any:
     for value in call.arguments.values():
         if isinstance(value, Value):
             call.freeze_all(value.axes, f"{type(call.module).__name__} takes it")
+    assert call.module is not None
+    weights = sum(p.numel() for p in call.module.parameters() if p.ndim == 2)
+    call.costs([], weights * prod(call.input.shape[:-1]))
     return call.result

@@ -55,7 +55,7 @@ _READ: dict[Any, Rule] = {
         (layers.convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
         (layers.linear, "linear"),
         (layers.embedding, "embedding"),
-        (layers.normalised_per_channel, "batch_norm"),
+        (layers.normalised_per_channel, "batch_norm instance_norm"),
         (layers.layer_norm, "layer_norm rms_norm"),
         (layers.group_norm, "group_norm"),
         (

@@ -148,7 +148,8 @@ def _sizes(name: str) -> Shrink:
 
 def _unflatten(call: Shrinking) -> None:
     dim = call["dim"] % call.input.ndim
-    call.set("sizes", [call.size(call.result, dim + i) for i in range(len(call["sizes"]))])
+    free = [call.result.axes[dim + i] is None or size == -1 for i, size in enumerate(call["sizes"])]
+    call.set("sizes", [n if free[i] else call.size(call.result, dim + i) for i, n in enumerate(call["sizes"])])
 
 
 def _slice(call: Shrinking) -> None:

@@ -195,6 +195,44 @@ class Views(nn.Module):
         return y
 
 
+class Pixels(nn.Module):
+    """Pixels become channels and channels pixels; the channels are shuffled between, slopes are learnt per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(), nn.PixelUnshuffle(2))
+        self.mix = nn.Sequential(nn.Conv2d(16, 16, 1), nn.PReLU(16), nn.ChannelShuffle(4))
+        self.spread = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.PixelShuffle(2))
+        self.after = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.spread(self.mix(self.stem(x))))
+        return y
+
+
+def normalised() -> nn.Module:
+    """GroupNorm over groups and over single channels, InstanceNorm with and without weights."""
+    first = [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()]
+    second = [nn.Conv2d(8, 6, 3, padding=1), nn.InstanceNorm2d(6, affine=True), nn.SiLU()]
+    third = [nn.Conv2d(6, 8, 1), nn.GroupNorm(8, 8), nn.Conv2d(8, 6, 1), nn.InstanceNorm2d(6), nn.ReLU()]
+    return nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(6 * 64, 5))
+
+
+class Slices(nn.Module):
+    """Unequal pieces of one convolution gate each other and are taken up at different depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 12)
+        self.middle = nn.Conv2d(5, 3, 1)
+        self.head = head(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early, gate, value = self.stem(x).split([4, 3, 5], dim=1)
+        y: Tensor = self.head(torch.cat((self.middle(value) * gate.sigmoid(), early), 1))
+        return y
+
+
 def transposed() -> nn.Module:
     """Down and up again, one transposed convolution grouped."""
     up = nn.Sequential(nn.ConvTranspose2d(12, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
@@ -226,6 +264,9 @@ CONVOLUTIONAL = (
     Network("functional_conv", FunctionalConvolution, images),
     Network("in_place", InPlace, images),
     Network("constant_views", Views, images),
+    Network("pixels", Pixels, images),
+    Network("normalised", normalised, images),
+    Network("slices", Slices, images),
     Network("transposed_conv", transposed, images),
     Network("conv_1d", one_dimensional, lambda batch, generator: torch.randn(batch, 3, 16, generator=generator)),
     Network("conv_3d", three_dimensional, lambda batch, generator: torch.randn(batch, 2, 4, 6, 6, generator=generator)),

@@ -9,12 +9,14 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..channels import Channels
 from ..graph import Recorder
 from ..inputs import Inputs
 from ..names import tensors
+from ..vocabulary import arguments
 
 
 def masked_outputs(found: Channels, alive: Tensor, inputs: Inputs) -> list[Any]:
@@ -64,7 +66,7 @@ class _Masked(Recorder):
         """Dimensions that the node normalises over and that lose positions, with the positions that are left."""
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
-            if not isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            if not isinstance(module, tuple(_FUNCTIONS)):
                 return []
         elif str(node.target).partition(".")[0] != "aten" or str(node.target).split(".")[1] not in _STATISTICS:
             return []
@@ -73,27 +75,34 @@ class _Masked(Recorder):
         axes = self._values[source.name].axes
         over = _normalised_over(node, len(axes))
         kept = [(d, torch.nonzero(self._alive[a.ids]).reshape(-1)) for d, a in enumerate(axes) if a is not None]
-        lost = [(d, index) for d, index in kept if len(index) < len(axes[d].ids)]
-        return lost if any(d in over for d, _ in lost) else []
+        return [(d, index) for d, index in kept if d in over and len(index) < len(axes[d].ids)]
 
     def _statistics(self, node: fx.Node, part: Tensor, kept: list[tuple[int, Tensor]], x: Tensor) -> Tensor:
+        """What the node makes of `part`: the places of its input `x` that are `kept`."""
+        function, named = self._call(node)
+        named[next(iter(named))] = part
+        first = x.ndim - len(named["normalized_shape"]) if "normalized_shape" in named else 1
+        for name in {"weight", "bias"} & named.keys():
+            for dim, index in kept:
+                if named[name] is not None and 0 <= dim - first < named[name].ndim:
+                    named[name] = named[name].index_select(dim - first, index)
+        if "normalized_shape" in named:
+            named["normalized_shape"] = tuple(part.shape[first:])
+        if named.get("num_groups") == x.shape[1]:
+            named["num_groups"] = part.shape[1]
+        result: Tensor = function(**named)
+        return result
+
+    def _call(self, node: fx.Node) -> tuple[Any, dict[str, Any]]:
+        """A function and its arguments by name, the input first."""
         if node.op == "call_function":
-            args, kwargs = self.fetch_args_kwargs_from_env(node)
-            result: Tensor = node.target(part, *args[1:], **kwargs)  # type: ignore[operator]
-            return result
-        module = copy.deepcopy(self.submodules[str(node.target)])
-        first = x.ndim - len(module.normalized_shape) if hasattr(module, "normalized_shape") else 1
-        for dim, index in kept:
-            for name, tensor in list(module._parameters.items()):
-                if tensor is not None and dim >= first and tensor.shape[dim - first] == x.shape[dim]:
-                    module._parameters[name] = nn.Parameter(tensor.index_select(dim - first, index))
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = part.shape[1] if module.num_groups == x.shape[1] else module.num_groups
-            module.num_channels = part.shape[1]
-        else:
-            module.normalized_shape = tuple(part.shape[first:])
-        normalised: Tensor = module(part)
-        return normalised
+            given: Any = arguments(node)
+            known: Any = self.map_nodes_to_values(given, node)
+            return node.target, dict(known)
+        module = self.submodules[str(node.target)]
+        names = ("normalized_shape", "num_groups", "weight", "bias", "eps")
+        function = next(f for cls, f in _FUNCTIONS.items() if isinstance(module, cls))
+        return function, {"input": None, **{name: getattr(module, name) for name in names if hasattr(module, name)}}
 
 
 def _normalised_over(node: fx.Node, rank: int) -> set[int]:
@@ -103,4 +112,5 @@ def _normalised_over(node: fx.Node, rank: int) -> set[int]:
     return {int(d) % rank for d in dims}
 
 
+_FUNCTIONS = {nn.LayerNorm: F.layer_norm, nn.RMSNorm: F.rms_norm, nn.GroupNorm: F.group_norm}
 _STATISTICS = ("mean", "layer_norm", "rms_norm", "group_norm")

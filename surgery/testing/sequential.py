@@ -65,6 +65,52 @@ class FusedQKV(nn.Module):
         return logits
 
 
+class Windows(nn.Module):
+    """A Swin block: windows of shifted pixels, a learnt bias by relative place, softmax written out, RMSNorm."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, 2, stride=2)
+        self.norm = nn.RMSNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.bias = nn.Parameter(torch.randn(9, HEADS))
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.classify = nn.Linear(WIDTH, 5)
+        row, column = torch.arange(4) // 2, torch.arange(4) % 2
+        self.register_buffer("places", (row[:, None] - row + 1) * 3 + column[:, None] - column + 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        y = self.norm(x).roll((-1, -1), (1, 2)).view(b, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(-1, 4, c)
+        q, k, v = self.qkv(y).view(-1, 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * (c // HEADS) ** -0.5 + self.bias[self.places].permute(2, 0, 1)
+        y = self.project((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, c))
+        y = y.view(b, h // 2, w // 2, 2, 2, c).transpose(2, 3).reshape(b, h, w, c).roll((1, 1), (1, 2))
+        logits: Tensor = self.classify((x + y).mean((1, 2)))
+        return logits
+
+
+class Contractions(nn.Module):
+    """Queries and keys of other widths than the values, in einsum; two pooled vectors meet in a bilinear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(5, 12), nn.Linear(5, 12)
+        self.value = nn.Linear(5, 8)
+        self.meet = nn.Bilinear(8, 8, 6)
+        self.classify = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (layer(x).unflatten(-1, (3, 4)) for layer in (self.query, self.key))
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k).mean(1).softmax(-1)
+        y = torch.einsum("bnm,bmc->bnc", weights, self.value(x)).relu()
+        logits: Tensor = self.classify(self.meet(y[:, 0].contiguous(), y.mean(1)))
+        return logits
+
+
 class Recurrent(nn.Module):
     """The last state of a recurrent layer, projected before and classified after it."""
 
@@ -132,6 +178,8 @@ def gated(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
 SEQUENTIAL = (
     Network("attention", Attention, tokens),
     Network("fused_qkv", FusedQKV, images),
+    Network("windows", Windows, images),
+    Network("contractions", Contractions, series),
     Network("lstm", lambda: Recurrent(nn.LSTM), series),
     Network("gru", lambda: Recurrent(nn.GRU), series),
     Network("two_inputs", TwoInputs, gated),

@@ -1,0 +1,112 @@
+"""A layer with the BatchNorm right behind it as one affine map, and what it should give in a reference.
+
+z = s (W x + b - μ) + β,  s = γ / √(σ² + ε)      one map  z = W' x + b',  W' = s W
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import surgery
+from surgery import Aim, CapturedModel, Layer, Regression, Step, Task
+
+aten = torch.ops.aten
+
+RIDGE = 1e-4
+"""Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`norm`: the BatchNorm that alone reads the layer, or None. `end`: the node that gives the map's value."""
+
+    layer: Layer
+    norm: Layer | None
+    end: fx.Node
+
+    def step(self, keep: Tensor | None = None) -> Step:
+        """What the map should give: its value in the reference, of the channels `keep`; or, where it is only added to
+        something that is known by then, the reference's sum less that, so that it repairs the error of both."""
+        total, shortcut = self._sum()
+        if total is None or shortcut is None:
+            return Step(self.layer, Aim(self.end.name, (), keep), _rectified(self.end))
+        return Step(self.layer, Aim(total.name, (shortcut.name,), keep), _rectified(total))
+
+    def _sum(self) -> tuple[fx.Node | None, fx.Node | None]:
+        users = list(self.end.users)
+        if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
+            return None, None
+        others = [node for node in users[0].all_input_nodes if node is not self.end]
+        if (
+            len(others) != 1
+            or surgery.shape(others[0]) != surgery.shape(self.end)
+            or not others[0] < self.layer.nodes[0]
+        ):
+            return None, None
+        return users[0], others[0]
+
+    def scaled(self, matrix: Tensor) -> Tensor:
+        """W' (groups, outputs, features) of the layer's W."""
+        if self.norm is None:
+            return matrix.double()
+        norm: Any = self.norm.module
+        scale: Tensor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        return matrix.double() * scale.view(len(matrix), -1, 1)
+
+    def put(self, task: Task, matrix: Tensor, bias: Tensor, regression: Regression) -> None:
+        """Make the map W' x + b', W' (groups, outputs, features), b' (groups, outputs).
+
+        A BatchNorm gets the statistics of its new input and undoes them, so that it stays one that can be trained on.
+        """
+        module: Any = self.layer.module
+        module.weight = _like(module.weight, task.weight(matrix))
+        flat = bias.reshape(-1)
+        if self.norm is None:
+            module.bias = _like(module.bias if module.bias is not None else module.weight, flat)
+            return
+        if module.bias is not None:
+            module.bias = _like(module.bias, torch.zeros_like(flat))
+        norm: Any = self.norm.module
+        mean = (matrix @ regression.x_mean.unsqueeze(2)).reshape(-1)
+        variance = ((matrix @ regression.xx) * matrix).sum(2).reshape(-1).clamp_min(0)
+        norm.running_mean, norm.running_var = mean.to(norm.running_mean), variance.to(norm.running_var)
+        norm.weight = _like(norm.weight, torch.sqrt(norm.running_var.double() + norm.eps))
+        norm.bias = _like(norm.bias, mean + flat)
+
+
+def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(old.device, old.dtype), old.requires_grad)
+
+
+def _rectified(node: fx.Node) -> bool:
+    users = list(node.users)
+    return len(users) == 1 and users[0].target is aten.relu.default
+
+
+def affine_maps(model: CapturedModel) -> list[Affine]:
+    """Every convolution and linear layer that is a module of its own, called once, in order of execution."""
+    layers = surgery.layers(model)
+    norms = {layer.nodes[0]: layer for layer in layers if layer.type.startswith("BatchNorm") and _plain(model, layer)}
+    found = []
+    for layer in layers:
+        if layer.type.startswith(("Conv", "Linear")) and not layer.functional and _plain(model, layer):
+            users = list(layer.nodes[0].users)
+            norm = norms.get(users[0]) if len(users) == 1 else None
+            fits = norm is not None and _follows(layer, norm)
+            found.append(Affine(layer, norm if fits else None, users[0] if fits else layer.nodes[0]))
+    return found
+
+
+def _plain(model: CapturedModel, layer: Layer) -> bool:
+    return surgery.sharing(model, layer) is None
+
+
+def _follows(layer: Layer, norm: Layer) -> bool:
+    """Whether `norm` normalises the layer's output channels with statistics and factors of its own."""
+    module: Any = norm.module
+    dims = 2 if layer.type == "Linear" else 2 + len(layer.module.kernel_size)  # type: ignore[arg-type]
+    return bool(module.running_var is not None and module.affine and len(surgery.shape(norm.nodes[0])) == dims)

@@ -1,0 +1,61 @@
+"""Weights solved anew after units have gone, so that the network makes up for them without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from surgery import CapturedModel, Context, Layer, Task
+
+from .affine import RIDGE, Affine, affine_maps
+
+ROUNDS = 2
+"""Of the fit through a ReLU."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A layer whose weights were solved anew, with the error of its output before and after (1 = no better than the
+    mean)."""
+
+    layer: str
+    before: float
+    after: float
+
+
+def reconstruct(
+    model: CapturedModel, before: CapturedModel, keep: dict[str, Tensor], context: Context
+) -> list[Repaired]:
+    """Solve every layer of `model` anew, in order of execution, from its present inputs towards `before`'s outputs.
+
+    `keep`: by name of a node, which of its channels in `before` are left; all where it is not named.
+    """
+    maps = {affine.layer.name: affine for affine in affine_maps(model)}
+    limit = context.calibration.gram_bytes
+    steps = [a.step(keep.get(a.end.name)) for a in maps.values() if _gram_bytes(a.layer) <= limit]
+    repaired = []
+    for number, task in enumerate(context.calibration.sweep(model, steps, before)):
+        context.progress("reconstruct", number, len(steps))
+        repaired.append(_solve(task, maps[task.layer.name]))
+    return repaired
+
+
+def _solve(task: Task, affine: Affine) -> Repaired:
+    regression = task.regression
+    present = affine.scaled(task.matrix)
+    matrix = regression.solve(present, RIDGE)
+    error = regression.error(matrix, regression.bias(matrix))
+    current = regression
+    for _ in range(ROUNDS if task.step.rectified else 0):
+        current = task.rectified(matrix, current.bias(matrix))
+        matrix = current.solve(present, RIDGE)
+    affine.put(task, matrix, current.bias(matrix), regression)
+    return Repaired(task.layer.name, regression.error(present, regression.bias(present)), error)
+
+
+def _gram_bytes(layer: Layer) -> int:
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    groups = int(getattr(layer.module, "groups", 1))
+    return 8 * groups * (weight.numel() // weight.shape[0]) ** 2
