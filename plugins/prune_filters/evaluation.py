@@ -45,7 +45,7 @@ def _cross_entropy(logits: Tensor | None, target: Any) -> Tensor:
 
 
 def taylor(found: Channels, context: Context) -> list[Tensor]:
-    """(size,) per group: |mean over positions of gradient · activation|, averaged over samples, added over places."""
+    """(size,) per group: |sum over positions of gradient · activation|, averaged over samples, added over places."""
     values: dict[str, Tensor] = {}
 
     def show(name: str, value: Tensor) -> Tensor:
@@ -60,7 +60,9 @@ def taylor(found: Channels, context: Context) -> list[Tensor]:
         for name, product in products.items():
             for number, carrier in places[name]:
                 means = per_unit(found, carrier, len(totals[number]), product, samples)
-                own = means * samples  # from the gradient of the mean loss to that of each sample's loss
+                positions = product.numel() // product.shape[carrier.dim] // len(means)
+                sums = means * positions * torch.bincount(carrier.units, minlength=len(totals[number]))
+                own = sums * samples  # from the gradient of the mean loss to that of each sample's loss
                 totals[number] += own.abs().mean(0) * samples
         seen += samples
     return [total / seen for total in totals]

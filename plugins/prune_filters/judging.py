@@ -38,10 +38,10 @@ class Evidence:
 
     @cached_property
     def contributions(self) -> Tensor:
-        """(features,) variance that each feature brings into the output, in parts of what the output goes into."""
+        """(groups, features) variance that each feature brings into the output, in parts of what that goes into."""
         matrix = self._affine.scaled(self.task.matrix)
         variance = self.task.inputs().variance
-        return (matrix.square().sum(1) * variance).sum(0) / self.scale
+        return matrix.square().sum(1) * variance / self.scale
 
     @cached_property
     def shares(self) -> Tensor:
@@ -75,8 +75,7 @@ class Judge:
         elif evidence.reader and (features := self._features(evidence.layer)) is not None:
             self._readers.append(replace(evidence.reader, features=features))
         else:
-            kernel = _kernel(evidence.layer)
-            self._add(self._reads[name], evidence.contributions.view(-1, kernel).sum(1))
+            self._add(self._reads[name], _per_channel(evidence, self._reads[name]))
         self.awaited.discard(name)
         if not self.awaited:
             self.verdict()
@@ -100,6 +99,13 @@ class Judge:
         positions = member.positions[order].view(self.group.size, -1)
         kernel = _kernel(layer)
         return (positions.unsqueeze(2) * kernel + torch.arange(kernel)).flatten(1)
+
+
+def _per_channel(evidence: Evidence, member: Member) -> Tensor:
+    """(channels,) contributions along the weight's input dimension, which all groups share, or all have a part of."""
+    by_group = evidence.contributions.unflatten(1, (-1, _kernel(evidence.layer))).sum(2)
+    values: Tensor = by_group.flatten() if by_group.numel() == member.slot.size else by_group.sum(0)
+    return values
 
 
 def _kernel(layer: Layer) -> int:

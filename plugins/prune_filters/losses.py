@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Taylor(Criterion):
     """First-order estimate of how much the loss changes without the unit: |activation · gradient|.
 
-    Molchanov et al. 2017 (arXiv:1611.06440), equation 8: |mean over positions of ∂C/∂z · z|, averaged over samples,
-    for the values z that layers read; added up over all places where the unit is read. The loss is
+    Molchanov et al. 2017 (arXiv:1611.06440), equation 7: |sum over positions of ∂C/∂z · z|, averaged over samples, for
+    the values z that layers read; added up over all places where the unit is read. (Their equation 8 divides by the
+    number of positions, after which layers of different sizes do not compare.) The loss is
     `surgery.Data.loss(output, target)`, a mean over the batch, on what the model returns; without one, the
     cross-entropy of the first tensor that it returns.
     """

@@ -17,8 +17,9 @@ class Reconstruction(Criterion):
 
     Group optimal brain surgeon (Hassibi & Stork 1993; see `elimination`) on the second moments of the layers' inputs;
     relative to the variance of what the layer's output goes into, the shortcut of a residual block included, which
-    makes layers comparable. A layer of more than 4,608 features, and one with groups, counts what the unit contributes to
-    its output, uncompensated; a unit that no layer reads counts its share of its own layer's output variance.
+    makes layers comparable. A layer of more than 4,608 features, and one with groups, counts what the unit
+    contributes to its output, uncompensated; a unit that no layer reads counts its share of its own layer's output
+    variance.
     """
 
     needs_calibration: ClassVar[bool] = True
