@@ -126,6 +126,22 @@ def passes(as_json: bool) -> None:
 
 @cli.command()
 @as_json
+def criteria(as_json: bool) -> None:
+    """Installed criteria of importance, to choose channels by."""
+    from .registry import Registry
+    from .report import Table
+
+    needs = {"needs_calibration": "calibration data", "needs_training": "labelled data"}
+    rows = tuple(
+        (name, ", ".join(text for flag, text in needs.items() if getattr(cls, flag)), cls.summary())
+        for name, cls in Registry.load().criteria.items()
+    )
+    keys = ("criterion", "needs", "summary")
+    print_result([dict(zip(keys, row, strict=True)) for row in rows], [Table("Criteria", keys, rows)], as_json)
+
+
+@cli.command()
+@as_json
 def recipes(as_json: bool) -> None:
     """Installed recipes."""
     from .recipe import resolve

@@ -10,6 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from .captured import capture
+from .channels import Frozen, Group, find_channels
+from .channels.groups import Role
 from .context import Context, Progress
 from .errors import SurgeryError
 from .graph import Layer, layers, shape, sharing
@@ -32,11 +34,24 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class GroupInfo:
+    """Channels that can be removed: so many units, output channels of the layers `given`, read by those in `read`."""
+
+    name: str
+    units: int
+    given: tuple[str, ...]
+    read: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Findings:
-    """Layers in order of execution, what capture noted, and each pass's report or the reason it could not run."""
+    """Layers in order of execution, groups of channels, channels that stay and why, what capture noted, and each pass's
+    report or the reason it could not run."""
 
     total: Measurement
     layers: tuple[LayerInfo, ...]
+    groups: tuple[GroupInfo, ...]
+    frozen: tuple[Frozen, ...]
     notes: tuple[str, ...]
     passes: dict[str, PassReport | str]
 
@@ -50,6 +65,7 @@ class Findings:
         )
         title = f"{len(rows)} layers, {self.total.parameters:,} parameters, {self.total.macs:,} MACs"
         result = [Table(title, ("layer", "type", "parameters", "MACs", "output", "shared"), rows)]
+        result += self._channel_tables()
         if self.notes:
             result.append(Table("Capture", ("note",), tuple((note,) for note in self.notes)))
         for name, report in self.passes.items():
@@ -67,6 +83,25 @@ class Findings:
                 )
             )
         return result
+
+    def _channel_tables(self) -> list[Table]:
+        units = sum(group.units for group in self.groups)
+        groups = tuple((g.name, f"{g.units:,}", _listed(g.given), _listed(g.read)) for g in self.groups)
+        stay = tuple((f.layer, f"{f.channels:,}", f.why) for f in self.frozen)
+        tables = [
+            Table(
+                f"{units:,} removable units in {len(groups)} groups",
+                ("group", "units", "channels of", "read by"),
+                groups,
+            ),
+            Table("Channels that have to stay", ("layer", "channels", "why"), stay),
+        ]
+        return [table for table in tables if table.rows]
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _macs(layer: Layer, total: Measurement, batch: int) -> int:
@@ -105,6 +140,8 @@ def inspect(
         )
         for layer in layers(captured)
     ]
+    found = find_channels(captured, registry.channel_rules)
+    groups = tuple(GroupInfo(g.name, g.size, _layers_of(g, "output"), _layers_of(g, "input")) for g in found.groups)
     tried: dict[str, PassReport | str] = {}
     for index, (name, cls) in enumerate(classes.items()):
         progress(name, index, len(classes))
@@ -112,4 +149,8 @@ def inspect(
             tried[name] = cls()(captured, Context(captured, registry=registry))[1]
         except (SurgeryError, TypeError) as error:
             tried[name] = str(error)
-    return Findings(total, tuple(infos), captured.notes, tried)
+    return Findings(total, tuple(infos), groups, found.frozen, captured.notes, tried)
+
+
+def _layers_of(group: Group, role: Role) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(member.layer for member in group.of(role)))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .captured import CapturedModel
     from .context import Context
     from .graph import Layer
+    from .registry import Registry
 
 Patterns = Annotated[
     tuple[str, ...],
@@ -99,6 +100,9 @@ class Pass(ABC):
     def options(self) -> dict[str, Any]:
         """Every option with its value, defaults included."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def check(self, registry: Registry) -> None:  # noqa: B027
+        """Raises RecipeError where an option names something that no plugin offers. Called before any pass runs."""
 
     @abstractmethod
     def apply(self, model: CapturedModel, context: Context) -> PassReport:

@@ -125,7 +125,9 @@ def _build(index: int, entry: Mapping[str, Any], registry: Registry, place: str)
         )
     [(name, options)] = entry.items()
     try:
-        return build_pass(registry.find_pass(name), options or {})
+        step = build_pass(registry.find_pass(name), options or {})
+        step.check(registry)
+        return step
     except RecipeError as error:
         raise RecipeError(error.problem, at=f"{place}, passes.{index} ({name})", fix=error.fix) from error
 

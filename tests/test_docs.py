@@ -59,6 +59,48 @@ def test_the_recipe_of_the_docs_is_a_recipe():
     assert len(resolve(yaml.safe_load(text), Registry.load()).steps) == 2
 
 
+def docs_plugin(monkeypatch, code: str) -> ModuleType:
+    plugin = ModuleType("docs_plugin")
+    monkeypatch.setitem(sys.modules, "docs_plugin", plugin)
+    exec(compile(code, "docs/pruning.md", "exec"), plugin.__dict__)
+    return plugin
+
+
+def test_the_recipe_of_the_pruning_page_is_a_recipe():
+    from surgery.recipe import resolve
+
+    [text] = code_blocks("docs/pruning.md", "yaml")
+    assert resolve(yaml.safe_load(text), Registry.load()).steps[0].macs == 0.5
+
+
+def test_the_criterion_of_the_docs_chooses_by_bias(monkeypatch):
+    plugin = docs_plugin(monkeypatch, code_blocks("docs/pruning.md", "python")[0])
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    model[0].bias.data = torch.tensor([3.0, 0.1, -2.0])
+    recipe = {"name": "d", "passes": [{"prune_filters": {"ratio": 0.34, "criterion": "bias"}}]}
+    operation = surgery.operate(model, torch.rand(2, 4), recipe, registry=Registry.load([plugin]), latency_rounds=0)
+    assert operation.model.get_submodule("0").bias.tolist() == [3.0, -2.0]
+
+
+def test_the_channel_rule_of_the_docs_lets_channels_through(monkeypatch):
+    plugin = docs_plugin(monkeypatch, code_blocks("docs/pruning.md", "python")[1])
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 2, 3)
+            self.scale = torch.nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return self.second(plugin.gate(self.first(x), self.scale))
+
+    captured = surgery.capture(Gated(), torch.rand(2, 3, 8, 8))
+    assert not surgery.find_channels(captured).groups
+    [group] = surgery.find_channels(captured, Registry([plugin]).channel_rules).groups
+    assert group.size == 8
+    assert "scale" in {member.slot.tensor for member in group.members}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

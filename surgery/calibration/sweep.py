@@ -10,8 +10,8 @@ layer. Values are held until their last reader has run; `samples` keeps them to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -43,12 +43,14 @@ from .unfolding import (
 class Step:
     """A layer that is called once, and what its call should give in the reference.
 
-    `rectified`: a ReLU follows the target, so that below zero any value is as good as another.
+    `rectified`: a ReLU follows the target, so that below zero any value is as good as another. `keep`: by dimension,
+    counted from the end, the places of the reference's value that the operated model still has; all where none is named.
     """
 
     layer: Layer
     aim: Aim
     rectified: bool = False
+    keep: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def reads(self) -> set[str]:
@@ -81,8 +83,8 @@ class Task:
         """The same where a ReLU follows, next to a solution W (groups, outputs, features), b (groups, outputs).
 
         Targets y below zero move to the prediction p where that is below zero too: y ← min(p, 0). Solving again and
-        again converges on the least E‖relu(y) - relu(p)‖² (majorisation; Zhang et al. 2015, arXiv:1505.06798, section
-        3.2, have the same aim).
+        again converges on the least E[(y - p)² where y > 0, relu(p)² elsewhere] (majorisation). That is never below
+        E‖relu(y) - relu(p)‖², which Zhang et al. 2015 (arXiv:1505.06798, section 3.2) aim at, and convex.
         """
         plain = self.regression
         x_mean, y_mean = plain.x_mean.unsqueeze(1), plain.y_mean.unsqueeze(1)
@@ -145,7 +147,7 @@ class Task:
         return max(1, rows // max(ROWS, 32 * features)) // 2 * 2 + 1
 
 
-ROWS = 2**18
+ROWS = 2**16
 """More rows than this (and 32 per feature) add time and no knowledge to a least squares task."""
 
 
@@ -174,10 +176,16 @@ def sweep(
             own.run_to(step.layer.nodes[0].name, inclusive=False)
             theirs.run_to(step.aim.target, inclusive=True)
         given = [{name: env[own.nodes[name]] for name in step.reads} for env in own.values]
-        wanted = [env[theirs.nodes[step.aim.target]] for env in theirs.values]
+        wanted = [_kept(env[theirs.nodes[step.aim.target]], step.keep) for env in theirs.values]
         yield Task(step, given, wanted, chunk_bytes)
         own.done_with(step.reads)
         theirs.done_with({step.aim.target})
+
+
+def _kept(value: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    for dim, places in keep.items():
+        value = value.index_select(dim, places.to(value.device))
+    return value
 
 
 def _place(graph: fx.Graph) -> Any:

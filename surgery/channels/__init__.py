@@ -4,8 +4,8 @@
     found.groups, found.frozen              units that can go, and what has to stay and why
     found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
 
-Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · shrinking · rules · walk ·
-groups · carriers · removal · analysis.
+Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · shrinking · rules ·
+shuffling · walk · groups · carriers · removal · analysis.
 """
 
 from __future__ import annotations

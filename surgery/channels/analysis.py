@@ -73,15 +73,17 @@ class Channels:
             dead[group.units] = marks
         return ~dead[self.units.of_position]
 
-    def kept(self, removed: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By name of a node that loses channels along one dimension of its result: the places that are left there."""
+    def kept(self, removed: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
+        """By name of a node and dimension of its result, counted from the end, that loses channels: the places that
+        are left there."""
         alive = self.alive(removed)
-        found = {}
+        found: dict[str, dict[int, Tensor]] = {}
         for node, value in self.walk.values.items():
             if isinstance(value, Value):
-                lost = [alive[axis.ids] for axis in value.axes if axis is not None and not bool(alive[axis.ids].all())]
-                if len(lost) == 1:
-                    found[node.name] = torch.nonzero(lost[0]).reshape(-1)
+                for dim, axis in enumerate(value.axes):
+                    if axis is not None and not bool(alive[axis.ids].all()):
+                        left = torch.nonzero(alive[axis.ids]).reshape(-1)
+                        found.setdefault(node.name, {})[dim - len(value.axes)] = left
         return found
 
     @cached_property

@@ -88,18 +88,6 @@ def _fiber(core: Tensor, dim: int) -> Tensor:
     return core[tuple(index)]
 
 
-def shuffled(call: Call) -> Any:
-    """channel_shuffle(x, groups): c = g · i places, read as (i, g)."""
-    return _split_inside(call, 1, call["groups"], moved)
-
-
-def _split_inside(call: Call, dim: int, parts: int, rule: Any) -> Any:
-    axis = call.input.axes[dim]
-    if axis is not None:
-        call.rows_alike(axis.ids.view(parts, -1))
-    return rule(call)
-
-
 def reshaped(call: Call) -> Any:
     """view(x, size): sizes that depend on the batch can be left to -1 once, where their dimension may shrink."""
     value = moved(call)

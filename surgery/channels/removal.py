@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..captured import CapturedModel
 from .rules import find
 from .shrinking import Shrinking
+from .shuffling import replace_shuffle
 from .values import Value
 from .walk import Walk
 
@@ -17,8 +18,9 @@ from .walk import Walk
 def remove(model: CapturedModel, walk: Walk, alive: Tensor) -> None:
     """Keep only the `alive` positions (positions,), in place. Tensors are replaced, not written."""
     _slice_tensors(model, walk, alive)
-    for node in list(model.graph.nodes):
-        if node.op in ("call_module", "call_function") and "tensor_meta" in node.meta:
+    within = {node for shuffle in walk.shuffles for node in shuffle.nodes}
+    for node in model.graph.nodes:
+        if node not in within and node.op in ("call_module", "call_function") and "tensor_meta" in node.meta:
             call = Shrinking(model, walk.values, alive, node)
             rule = find(walk.rules, node, call.module)
             if rule is not None and rule.shrink is not None and call.shrinks:
@@ -26,6 +28,10 @@ def remove(model: CapturedModel, walk: Walk, alive: Tensor) -> None:
     for node, value in walk.values.items():
         if "tensor_meta" in node.meta:
             node.meta["tensor_meta"] = _shrunk(node.meta["tensor_meta"], value, alive)
+    for shuffle in walk.shuffles:
+        before, after = (walk.values[n].axes[shuffle.dim].ids for n in (shuffle.source, shuffle.nodes[-1]))
+        if not bool(alive[before].all()):
+            replace_shuffle(model, shuffle, alive[before], alive[after])
     model.recompile()
 
 

@@ -68,7 +68,6 @@ _READ: dict[Any, Rule] = {
         (movement.windows, "unfold"),
         (movement.sliced, "slice"),
         (movement.selected, "select unbind"),
-        (movement.shuffled, "channel_shuffle"),
         (movement.along("dims"), "roll rot90"),
         (movement.along("dim"), "softmax log_softmax _softmax _log_softmax cumsum cumprod"),
         (movement.padded, "pad constant_pad_nd"),

@@ -12,11 +12,13 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ..captured import CapturedModel
+from ..graph import layers
 from ..names import get_attribute, tensors
 from ..vocabulary import arguments
 from .call import Call, Facts, parameter_value
 from .positions import Positions
 from .rules import ChannelRule, read
+from .shuffling import Shuffle, find_shuffle
 from .values import Value, values_in
 
 
@@ -30,7 +32,10 @@ class Walk:
         self.model, self.rules = model, rules
         self.facts = Facts(Positions(names))
         self.values: dict[fx.Node, Any] = {}
+        self.shuffles: list[Shuffle] = []
+        self._within: dict[fx.Node, Shuffle] = {}
         self._heads = heads_by_node(model.graph) if heads else {}
+        self._layers = {node: layer.name for layer in layers(model) for node in layer.nodes if layer.functional}
 
     def run(self) -> Walk:
         for node in self.model.graph.nodes:
@@ -52,10 +57,26 @@ class Walk:
             return node.target(*call.arguments.values())
         if "tensor_meta" not in node.meta:  # sizes
             return _plain(node, call.arguments)
-        return read(self.rules, call)
+        shuffle = self._within.get(node) or self._shuffle_from(node)
+        return self._shuffled(shuffle, node) if shuffle else read(self.rules, call)
+
+    def _shuffle_from(self, node: fx.Node) -> Shuffle | None:
+        shuffle = find_shuffle(self.model, node, self.values)
+        if shuffle:
+            self.shuffles.append(shuffle)
+            self._within |= dict.fromkeys(shuffle.nodes, shuffle)
+        return shuffle
+
+    def _shuffled(self, shuffle: Shuffle, node: fx.Node) -> Value:
+        """The permuted channels at the end; on the way there is nothing to say."""
+        result = rigid_result(node)
+        assert isinstance(result, Value)
+        axis = self.values[shuffle.source].axes[shuffle.dim]
+        axes = [shuffle.axis(axis) if d == shuffle.dim else None for d in range(result.ndim)]
+        return Value(result.shape, tuple(axes), result.dtype) if node is shuffle.nodes[-1] else result
 
     def _call(self, node: fx.Node) -> Call:
-        module, layer = None, node.name
+        module, layer = None, self._layers.get(node, node.name)
         if node.op == "call_module":
             module, layer = self.model.get_submodule(str(node.target)), str(node.target)
         named = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else _in_order(node)
