@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo clean
+.PHONY: install demo test check lint types zoo prune-zoo prune-speed clean
 
 install: $(STAMP)
 
@@ -31,11 +31,18 @@ check: lint types test
 
 $(VENV)/.zoo: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check huggingface_hub pillow
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch-pruning==1.6.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check huggingface_hub pillow matplotlib tqdm
 	touch $(VENV)/.zoo
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/zoo.py $(ZOO)
+
+prune-zoo: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/pruning.py $(PRUNE)
+
+prune-speed: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/pruning_speed.py $(SPEED)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ class ResidualNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.layers(self.stem(image)).mean((2, 3)))
+
+
+def resnet18() -> nn.Module:
+    """He et al. 2016 (arXiv:1512.03385), table 1: 11,689,512 parameters."""
+    widths = [64, 64, 128, 256, 512]
+    blocks = [nn.Sequential(Residual(a, b, 1 if a == b else 2), Residual(b, b)) for a, b in pairwise(widths)]
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
 class Concat(nn.Module):

@@ -44,7 +44,7 @@ class Step:
     """A layer that is called once, and what its call should give in the reference.
 
     `rectified`: a ReLU follows the target, so that below zero any value is as good as another. `keep`: by dimension,
-    counted from the end, the places of the reference's value that the operated model still has; all where none is named.
+    counted from the end, the places of the reference's value that the operated model still has; all where it has none.
     """
 
     layer: Layer

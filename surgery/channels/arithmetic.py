@@ -8,6 +8,7 @@ from string import ascii_letters
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from .call import Call
@@ -145,7 +146,26 @@ def matmul(call: Call) -> Any:
         (value, batch[len(batch) - (value.ndim - len(ends)) :] + ends) for value, ends in ((first, a), (second, b))
     ]
     out = batch + "".join(letter for letter in "nm" if letter in a + b)
+    if isinstance(call.node.args[1], fx.Node) and call.node.args[1].op == "get_attr" and second.ndim == 2:
+        call.takes(second.axes[0])  # a linear layer written by hand
+        call.produces(second.axes[1])
     return contraction(call, operands, out)
+
+
+def addmm(call: Call) -> Any:
+    """addmm(bias, x, weight) = bias + x · weight, unscaled."""
+    bias, x, weight = call["self"], call["mat1"], call["mat2"]
+    if call["beta"] != 1 or call["alpha"] != 1:
+        return unknown(call)
+    call.takes(weight.axes[0])
+    call.produces(weight.axes[1])
+    value = contraction(call, [(x, "nk"), (weight, "km")], "nm")
+    for back in range(-bias.ndim, 0):
+        if bias.shape[back] > 1:
+            call.unite(value.axes[back], bias.axes[back])
+    zero = bias.ndim == 1
+    axes = [axis and Axis(axis.ids, axis.zero and (d == 1 or not zero)) for d, axis in enumerate(value.axes)]
+    return call.gives(axes)
 
 
 def einsum(call: Call) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..captured import CapturedModel
 from .rules import find
@@ -28,10 +28,12 @@ def remove(model: CapturedModel, walk: Walk, alive: Tensor) -> None:
     for node, value in walk.values.items():
         if "tensor_meta" in node.meta:
             node.meta["tensor_meta"] = _shrunk(node.meta["tensor_meta"], value, alive)
+    moved: dict[fx.Node, fx.Node] = {}
     for shuffle in walk.shuffles:
         before, after = (walk.values[n].axes[shuffle.dim].ids for n in (shuffle.source, shuffle.nodes[-1]))
         if not bool(alive[before].all()):
-            replace_shuffle(model, shuffle, alive[before], alive[after])
+            source = moved.get(shuffle.source, shuffle.source)
+            moved[shuffle.nodes[-1]] = replace_shuffle(model, shuffle, source, alive[before], alive[after])
     model.recompile()
 
 

@@ -102,6 +102,7 @@ _READ: dict[Any, Rule] = {
             "mean sum amax amin max min prod var std norm linalg_vector_norm logsumexp argmax argmin any all var_mean",
         ),
         (arithmetic.matmul, "matmul bmm mm mv dot"),
+        (arithmetic.addmm, "addmm"),
         (arithmetic.einsum, "einsum"),
         (arithmetic.attention, "scaled_dot_product_attention"),
     )

@@ -76,8 +76,10 @@ def _by_moves(node: fx.Node, source: fx.Node, value: Value, dim: int, values: Ma
     return None
 
 
-_MOVES = (aten.view, aten.reshape, aten.unflatten, aten.flatten, aten.transpose, aten.permute, aten.swapaxes)
-_MOVES += (aten.contiguous, aten.clone, aten.channel_shuffle)
+_MOVES: frozenset[Any] = frozenset(
+    {aten.view, aten.reshape, aten.unflatten, aten.flatten, aten.transpose, aten.permute, aten.swapaxes}
+    | {aten.contiguous, aten.clone, aten.channel_shuffle}
+)
 
 
 def _moved(node: fx.Node, numbers: Tensor, values: Mapping[fx.Node, Any]) -> Tensor:
@@ -116,33 +118,36 @@ def _along(numbers: Tensor, dim: int) -> Tensor:
     return numbers.movedim(dim, -1).reshape(-1, numbers.shape[dim])[0].clone()
 
 
-def replace_shuffle(model: CapturedModel, shuffle: Shuffle, alive_before: Tensor, alive_after: Tensor) -> None:
-    """Put `index_select` over the channels that are left in the place of the shuffle; nothing where they stay in order.
+def replace_shuffle(
+    model: CapturedModel, shuffle: Shuffle, source: fx.Node, alive_before: Tensor, alive_after: Tensor
+) -> fx.Node:
+    """Put `index_select` over the channels of `source` that are left in the place of the shuffle, or `source` itself
+    where they stay in order; gives what stands there now.
 
     `alive_before`, `alive_after`: (size,) which places of the source and of the result are left.
     """
     rank = torch.cumsum(alive_before, 0) - 1
     order = rank[shuffle.order[alive_after]]
     last = shuffle.nodes[-1]
-    with model.graph.inserting_before(last):
-        new = _selected(model, shuffle, order, last) if not _in_order(order, alive_before) else shuffle.source
+    new = source
+    if not torch.equal(order, torch.arange(int(alive_before.sum()))):
+        with model.graph.inserting_before(last):
+            new = _selected(model, shuffle, source, order)
     last.replace_all_uses_with(new)
     for node in reversed(shuffle.nodes):
         model.graph.erase_node(node)
+    return new
 
 
-def _in_order(order: Tensor, alive_before: Tensor) -> bool:
-    return torch.equal(order, torch.arange(int(alive_before.sum())))
-
-
-def _selected(model: CapturedModel, shuffle: Shuffle, order: Tensor, last: fx.Node) -> fx.Node:
+def _selected(model: CapturedModel, shuffle: Shuffle, source: fx.Node, order: Tensor) -> fx.Node:
+    last = shuffle.nodes[-1]
     name, number = f"{last.name}_order", 0
     while hasattr(model, name):
         name, number = f"{last.name}_order_{number}", number + 1
     model.register_buffer(name, order.to(_device(model)))
     index = model.graph.get_attr(name)
     index.meta["tensor_meta"] = _extract_tensor_metadata(order)
-    new = model.graph.call_function(aten.index_select.default, (shuffle.source, shuffle.dim, index))
+    new = model.graph.call_function(aten.index_select.default, (source, shuffle.dim, index))
     new.meta.update({k: v for k, v in last.meta.items() if k in ("tensor_meta", "module_path")})
     return new
 

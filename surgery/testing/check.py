@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from ..captured import CapturedModel, capture
 from ..context import Context
 from ..data import Data
+from ..errors import ModelError
 from ..passes import Pass, PassReport
 from .definition import DEFINITION
 from .network import Network
@@ -32,7 +33,8 @@ def check_pass(step: Pass, network: Network, *, calibration: Sequence[Any] | Non
     """Apply `step` to `network` and hold it to every rule of the contract; the report comes back for further questions.
 
     `calibration`: batches without labels; by default random ones that fit the network. What the rules are stands in
-    `surgery.testing.RULES`. A pass that makes no edit on this network is not asked for exports, reloading and training.
+    `surgery.testing.RULES`. A pass that makes no edit on this network is not asked for exports, reloading and training;
+    one that refuses it with a `ModelError` must say what to do, and must have left everything as it was.
 
     Raises:
         AssertionError: a rule is broken; the message names the pass, the network, the rule and what was found.
@@ -45,16 +47,29 @@ def check_pass(step: Pass, network: Network, *, calibration: Sequence[Any] | Non
     untouched = _watched(model, before)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         with _rule(step, network, keeps_the_contract):
-            after, report = step(before, Context(before, Data.of(batches), seed=seed))
+            result, remedy = _outcome(step, before, Context(before, Data.of(batches), seed=seed))
+            assert result or remedy, "it refuses the network and does not say what to do"
+        after, report = result or (before, PassReport())
         trial = Trial(step, network, model, before, after, report, batches, seed, Path(folder))
-        for rule in (untouched, *OUTCOME, *(RESULT if report.modified else ()), untouched):
+        asked = (*OUTCOME, *(RESULT if report.modified else ())) if result else ()
+        for rule in (untouched, *asked, untouched):
             with _rule(step, network, rule):
                 rule(trial)
     return report
 
 
+def _outcome(
+    step: Pass, before: CapturedModel, context: Context
+) -> tuple[tuple[CapturedModel, PassReport] | None, str]:
+    """What the pass gives, or None and the remedy it names where it refuses the model."""
+    try:
+        return step(before, context), ""
+    except ModelError as refusal:
+        return None, refusal.fix
+
+
 def keeps_the_contract() -> None:
-    """it runs, and `surgery.Pass` finds no fault with what it returns"""
+    """it runs and `surgery.Pass` finds no fault with what it returns, or it refuses with a `ModelError` and a remedy"""
 
 
 def leaves_its_input_alone() -> None:
@@ -77,8 +92,9 @@ def edited_networks(step: Pass, networks: Iterable[Network] = tuple(NETWORKS.val
     """Names of the networks on which `step` makes an edit. A pass that edits none of them has not been tested."""
     for network in networks:
         _, before = _prepared(network)
-        if step(before, Context(before, Data.of(network.calibration())))[1].modified:
-            yield network.name
+        with suppress(ModelError):
+            if step(before, Context(before, Data.of(network.calibration())))[1].modified:
+                yield network.name
 
 
 def _label(step: Pass) -> str:

@@ -15,26 +15,20 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import importlib.util
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
+from models import TOOL, batch, chosen, drop_auxiliary_heads, leaves, load_tool, plain_export, timed
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from surgery.captured import CapturedModel, capture, relative_error
 from surgery.names import tensors
 
-TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
 STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")
-AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
 HEADER = ("model", "parameters", "export", "capture", "ratio", "output", "gradient", "lost")
 COLUMNS = "{:38} {:>12} {:>8} {:>8} {:>6} {:>8} {:>9} {:>5}".format(*HEADER)
 
@@ -81,28 +75,6 @@ def examine(model: nn.Module, inputs: tuple[Tensor, ...], *, limit: int, export:
     )
 
 
-def timed(action: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = action()
-    return time.perf_counter() - start, result
-
-
-def plain_export(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """What anyone would call; a batch of two, as export takes one for a constant."""
-    dynamic = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
-    try:
-        torch.export.export(model, batch(inputs, 2), dynamic_shapes=dynamic)
-    except Exception:
-        automatic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
-        torch.export.export(model, batch(inputs, 2), dynamic_shapes=automatic)
-
-
-def batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """The example, then noise, so that samples differ."""
-    generator = torch.Generator().manual_seed(size)
-    return tuple(torch.cat([t, torch.rand(size - 1, *t.shape[1:], generator=generator)]) for t in inputs)
-
-
 def output_error(model: nn.Module, captured: nn.Module, inputs: tuple[Tensor, ...]) -> float:
     with torch.no_grad():
         expected, actual = leaves(model(*inputs)), leaves(captured(*inputs))
@@ -115,10 +87,7 @@ def gradient_error(model: nn.Module, captured: nn.Module, inputs: tuple[Tensor, 
     for module in eager.modules():
         if type(module).__name__ in STOCHASTIC_DEPTH:
             module.eval()
-    for head in AUXILIARY_HEADS:
-        if hasattr(eager, head):
-            setattr(eager, head, None)
-            eager.aux_logits = False
+    drop_auxiliary_heads(eager)
     expected, actual = training_step(eager, inputs), training_step(graph, inputs)
     if expected is None:
         return None, "no gradient: other outputs in training"
@@ -140,10 +109,6 @@ def training_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Ten
     return gradients | {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
-def leaves(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
 def lost_tensors(model: nn.Module, captured: nn.Module) -> tuple[str, ...]:
     names: dict[int, list[str]] = {}
     state = model.state_dict().keys()
@@ -161,23 +126,6 @@ def onnx_parity(captured: CapturedModel) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(captured, captured.inputs, Path(folder) / "model.onnx")
         return parity(captured, path, [captured.inputs]).relative_error
-
-
-def load_tool(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("zoo_tool", path)
-    if spec is None or spec.loader is None or not path.exists():
-        sys.exit(f"no zoo tool at {path}; give its place with --tool")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def chosen(tool: ModuleType, wanted: list[str]) -> list[str]:
-    known = [*tool.torchvision_names(), *tool.timm_names()]
-    unknown = [name for name in wanted if not any(name in (k, k.partition("/")[2]) for k in known)]
-    if unknown:
-        sys.exit(f"unknown: {', '.join(unknown)}")
-    return [k for k in known if not wanted or k in wanted or k.partition("/")[2] in wanted]
 
 
 def arguments() -> argparse.Namespace:
