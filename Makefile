@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo prune-zoo prune-speed clean
+.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy clean
 
 install: $(STAMP)
 
@@ -43,6 +43,9 @@ prune-zoo: $(VENV)/.zoo
 
 prune-speed: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/pruning_speed.py $(SPEED)
+
+prune-accuracy: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/accuracy.py $(ACCURACY)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

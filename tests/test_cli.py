@@ -131,6 +131,27 @@ def test_a_factory_may_give_its_inputs_itself(surgery):
     assert found["passes"]["depthwise_separable"]["skips"][0]["layer"] == "first"
 
 
+def test_inspect_lists_groups_of_channels_and_what_has_to_stay(surgery):
+    code, out, _ = surgery("inspect", *NET, "--pass", "prune_filters", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [(g["name"], g["units"], g["given"], g["read"]) for g in found["groups"]] == [
+        ("first", 8, ["first"], ["second"]),
+        ("second", 16, ["second"], ["head"]),
+    ]
+    assert found["frozen"] == [{"layer": "head", "channels": 4, "why": "an output of the model"}]
+    _, out, _ = surgery("inspect", *NET, "--pass", "prune_filters")
+    assert "24 removable units in 2 groups" in out
+    assert "Channels that have to stay" in out
+
+
+def test_criteria_are_listed_with_what_they_need(surgery):
+    code, out, _ = surgery("criteria", "--json")
+    needs = {row["criterion"]: row["needs"] for row in json.loads(out)}
+    assert code == 0
+    assert (needs["l2"], needs["reconstruction"], needs["taylor"]) == ("", "calibration data", "labelled data")
+
+
 def test_inspect_names_layers_and_what_passes_would_do_in_tables(surgery):
     code, out, _ = surgery("inspect", *NET, "--pass", "fold_batchnorm")
     assert code == 0

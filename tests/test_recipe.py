@@ -169,3 +169,12 @@ def test_the_schema_knows_every_installed_pass_and_its_ranges(registry):
     )
     assert shave["properties"]["amount"]["exclusiveMaximum"] == 1
     assert shave["additionalProperties"] is False
+
+
+def test_a_criterion_that_no_plugin_offers_is_refused_before_anything_runs():
+    recipe = {"name": "r", "passes": ["fold_batchnorm", {"prune_filters": {"criterion": "reconstuction"}}]}
+    with pytest.raises(
+        RecipeError, match=r"unknown criterion 'reconstuction' \(did you mean reconstruction\?\)"
+    ) as caught:
+        resolve(recipe, Registry.load())
+    assert "passes.1 (prune_filters)" in str(caught.value)
