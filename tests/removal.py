@@ -56,7 +56,9 @@ def halves(channels: Channels) -> list[Tensor]:
 def removed(channels: Channels, marks: Sequence[Tensor]) -> CapturedModel:
     """A model without the marked units; the one that `channels` is about stays as it is."""
     model = snapshot(channels.model)
-    find_channels(model, channels.walk.rules, heads=bool(channels.walk._heads)).remove(marks)
+    find_channels(model, channels.walk.rules, heads=any(heads.whole for heads in channels.walk._heads.values())).remove(
+        marks
+    )
     return model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery import (
     ChannelRule,
     Context,
-    PassError,
+    ModelError,
     PluginError,
     Registry,
     capture,
@@ -182,7 +182,7 @@ def test_pruning_uses_the_rules_of_the_registry():
     made, key, rule = CASES["operator"]
     step = Registry.load().passes["prune_filters"](ratio=0.5)
     model = made()
-    with pytest.raises(PassError, match="nothing can be removed"):
+    with pytest.raises(ModelError, match="nothing can be removed"):
         step(model, Context(model))
     after, report = step(model, Context(model, registry=Registry.load([Plugin({key: rule})])))
     assert [edit.layer for edit in report.edits] == ["a"]

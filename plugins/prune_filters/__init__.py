@@ -8,8 +8,9 @@ The channels that live or die together are found by the core (`Context.channels`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,7 +20,9 @@ from surgery import Criterion, Edit, Pass, PassReport, RecipeError, Skip, hookim
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery import CapturedModel, Channels, Context
+    from surgery import CapturedModel, Channels, Context, Registry
+
+    Kept = dict[str, dict[int, Tensor]]
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -41,7 +44,8 @@ class PruneFilters(Pass):
     parameters: Annotated[Share | None, Field(description="share of the model's parameters that remains")] = None
     bytes: Annotated[Share | None, Field(description="share of the parameters' bytes that remains")] = None
     criterion: Annotated[
-        str | None, Field(description="importance of a unit; null = reconstruction with calibration data, else l2")
+        str | None,
+        Field(description="importance, see `surgery criteria`; null = reconstruction with calibration data, else l2"),
     ] = None
     scope: Annotated[
         Literal["group", "global"] | None,
@@ -52,7 +56,7 @@ class PruneFilters(Pass):
     ] = None
     overrides: Annotated[
         dict[str, Ratio], Field(description="ratio by pattern on layer names; 0 protects; the first that fits counts")
-    ] = field(default_factory=dict)
+    ] = field(default_factory=dict, hash=False)
     reconstruct: Annotated[
         bool | None, Field(description="solve the weights left anew on data; null = when there is some")
     ] = None
@@ -68,50 +72,41 @@ class PruneFilters(Pass):
                 f"{' and '.join(given)} are both given", at=f"pass {self.name()}", fix="say one of them how much goes"
             )
 
+    def check(self, registry: Registry) -> None:
+        if self.criterion is not None:
+            registry.find_criterion(self.criterion)
+
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
-        from .choosing import Choice
+        from .choosing import Choice, Start
 
         criterion = context.criterion(self.criterion or ("reconstruction" if context.has_calibration else "l2"))
         repairs = context.has_calibration if self.reconstruct is None else self.reconstruct
         if repairs:
             context.require_calibration(f"{self.name()} with reconstruct")
-        reference = surgery.snapshot(model)
-        keep: dict[str, Tensor] = {}
+        reference = surgery.snapshot(model) if repairs else model
+        keep: Kept = {}
         repaired: tuple[Edit, ...] = ()
         found = context.channels(model, heads=self.heads)
-        widths, skips = _widths(found), _skips(found)
-        for part in self._parts():
-            marks = Choice(part, found, criterion, context).marks()
-            keep = _kept_of(keep, found.kept(marks))
+        widths, skips, start = {side.layer: len(side.ids) for side in found.outputs}, _skips(found), Start.of(found)
+        lost: Counter[str] = Counter()
+        for step in range(1, self.steps + 1):
+            found = found if step == 1 else context.channels(model, heads=self.heads)
+            marks = Choice(self, found, criterion, context, start, step / self.steps).marks()
+            if not any(bool(own.any()) for own in marks):
+                continue
+            lost += _lost(found, marks)
+            keep = _kept_of(keep, found.kept(marks)) if repairs else keep
             found.remove(marks)
             if repairs:
-                repaired = part._repair(model, reference, keep, context)
-            found = context.channels(model, heads=self.heads)
-        return PassReport((*_edits(widths, _widths(found)), *repaired), tuple(skips))
+                repaired = self._repair(model, reference, keep, context)
+        return PassReport((*_edits(widths, lost), *repaired), tuple(skips))
 
-    def _parts(self) -> list[PruneFilters]:
-        """The same in `steps` equal steps, each said in shares of what the one before leaves."""
-        return [self._part(step) for step in range(self.steps)] if self.steps > 1 else [self]
-
-    def _part(self, step: int) -> PruneFilters:
-        def ratio(whole: float) -> float:
-            return whole / self.steps / (1 - whole * step / self.steps)
-
-        shares: dict[str, Any] = {
-            name: 1 - ratio(1 - share) for name in BUDGETS if (share := getattr(self, name)) is not None
-        }
-        whole = None if shares else ratio(DEFAULT_RATIO if self.ratio is None else self.ratio)
-        overrides = {pattern: ratio(share) for pattern, share in self.overrides.items()}
-        return replace(self, **shares, ratio=whole, overrides=overrides, steps=1)
-
-    def _repair(
-        self, model: CapturedModel, reference: CapturedModel, keep: dict[str, Tensor], context: Context
-    ) -> tuple[Edit, ...]:
+    def _repair(self, model: CapturedModel, reference: CapturedModel, keep: Kept, context: Context) -> tuple[Edit, ...]:
         from .repair import reconstruct
 
         return tuple(
             Edit(r.layer, "weights solved anew", {"error_before": r.before, "error_after": r.after})
-            for r in reconstruct(model, reference, keep, context)
+            for r in reconstruct(model, reference, keep, context, self.exclude)
         )
 
 
@@ -119,26 +114,30 @@ DEFAULT_RATIO = 0.5
 BUDGETS = ("macs", "parameters", "bytes")
 
 
-def _kept_of(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kept_of(before: Kept, now: Kept) -> Kept:
     """Places that are left of the original's, from those left before and those left of these."""
-    return {**before, **{name: before[name][kept] if name in before else kept for name, kept in now.items()}}
+    merged = {name: dict(dims) for name, dims in before.items()}
+    for name, dims in now.items():
+        own = merged.setdefault(name, {})
+        own.update({dim: own[dim][left] if dim in own else left for dim, left in dims.items()})
+    return merged
 
 
-def _widths(found: Channels) -> dict[str, int]:
-    """Output channels by layer."""
-    return {side.layer: len(side.ids) for side in found.outputs}
+def _lost(found: Channels, marks: list[Tensor]) -> Counter[str]:
+    """Output channels that go, by layer."""
+    lost: Counter[str] = Counter()
+    for group, own in zip(found.groups, marks, strict=True):
+        for member in group.of("output"):
+            lost[member.layer] += int(own[member.units].sum())
+    return lost
 
 
-def _edits(before: dict[str, int], after: dict[str, int]) -> list[Edit]:
+def _edits(widths: dict[str, int], lost: Counter[str]) -> list[Edit]:
     """One per layer that has lost output channels."""
+    left = {layer: (before, before - lost[layer]) for layer, before in widths.items() if lost[layer]}
     return [
-        Edit(
-            layer,
-            f"{n} → {after.get(layer, 1)} channels",
-            {"channels_before": n, "channels_after": after.get(layer, 1)},
-        )
-        for layer, n in before.items()
-        if after.get(layer, 1) < n
+        Edit(layer, f"{before} → {after} channels", {"channels_before": before, "channels_after": after})
+        for layer, (before, after) in left.items()
     ]
 
 

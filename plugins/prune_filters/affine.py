@@ -5,7 +5,9 @@ z = s (W x + b - μ) + β,  s = γ / √(σ² + ε)      one map  z = W' x + b',
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import surgery
 from surgery import Aim, CapturedModel, Layer, Regression, Step, Task
 
 aten = torch.ops.aten
+ALL: Mapping[int, Tensor] = MappingProxyType({})
 
 RIDGE = 1e-4
 """Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
@@ -28,13 +31,13 @@ class Affine:
     norm: Layer | None
     end: fx.Node
 
-    def step(self, keep: Tensor | None = None) -> Step:
-        """What the map should give: its value in the reference, of the channels `keep`; or, where it is only added to
-        something that is known by then, the reference's sum less that, so that it repairs the error of both."""
+    def step(self, keep: Mapping[int, Tensor] = ALL) -> Step:
+        """What the map should give: its value in the reference, at the places `keep` by dimension; or, where it is only
+        added to something that is known by then, the reference's sum less that, so that it repairs both errors."""
         total, shortcut = self._sum()
         if total is None or shortcut is None:
-            return Step(self.layer, Aim(self.end.name, (), keep), _rectified(self.end))
-        return Step(self.layer, Aim(total.name, (shortcut.name,), keep), _rectified(total))
+            return Step(self.layer, Aim(self.end.name), _rectified(self.end), keep)
+        return Step(self.layer, Aim(total.name, (shortcut.name,)), _rectified(total), keep)
 
     def _sum(self) -> tuple[fx.Node | None, fx.Node | None]:
         users = list(self.end.users)

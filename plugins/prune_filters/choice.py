@@ -32,22 +32,32 @@ class Limits:
         return [0, *(size - k for k in kept)]
 
 
-def keys_by_share(scores: Tensor, limits: Limits) -> Tensor:
-    """(size,) share of the group that is gone with each unit; the lowest `scores` go first."""
+def keys_by_share(scores: Tensor, limits: Limits, gone: float = 0) -> Tensor:
+    """(size,) share of the group that is gone with each unit; the lowest `scores` go first. `gone`: units that the
+    group has lost before, of which the share counts too."""
     size = len(scores)
     counts = torch.tensor(limits.counts(size))
-    return _stepped(scores, counts, counts / size)
+    return _stepped(scores, counts, (counts.double() + gone) / (size + gone))
 
 
 def keys_by_score(scores: Tensor, limits: Limits, cost: float) -> Tensor:
-    """(size,) mean score per cost of the units that go together, never falling in the order of the scores."""
+    """(size,) mean score per cost of the units that go together, rising in the order of the scores."""
     size = len(scores)
     counts = torch.tensor(limits.counts(size))
     totals = torch.cat([torch.zeros(1, dtype=torch.float64), scores.double().sort(stable=True).values.cumsum(0)])[
         counts
     ]
     means = torch.cat([torch.full((1,), -math.inf, dtype=torch.float64), totals.diff() / counts.diff()])
-    return _stepped(scores, counts, means / cost)
+    return _stepped(scores, counts, _rising(means / cost))
+
+
+def _rising(values: Tensor) -> Tensor:
+    """Values that never fall, each a hair above the last: units of equal score are steps of their own all the same."""
+    found = values.tolist()
+    for i in range(1, len(found)):
+        if found[i - 1] > -math.inf:
+            found[i] = max(found[i], math.nextafter(found[i - 1], math.inf))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _stepped(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
@@ -61,15 +71,21 @@ def _stepped(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
 
 
 def marks_at(keys: Sequence[Tensor], cut: float) -> list[Tensor]:
-    """Per group (size,) whether each unit goes: those with keys up to `cut`."""
+    """Per group (size,) whether each unit goes: those whose keys, shares of the group, are at most `cut`."""
     return [(k <= cut + 1e-9) & (k < NEVER) for k in keys]
 
 
-def share_of(keys: Sequence[Tensor], ratio: float) -> float:
-    """The cut at which `ratio` of all units are gone, or as many as may go."""
-    flat = torch.cat([torch.empty(0, dtype=torch.float64), *keys]).sort().values
-    count = int(ratio * len(flat) + 1e-9)
-    return float(flat[count - 1]) if count else -math.inf
+def first_units(keys: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Per group (size,) whether each unit goes: `count` of all, or as many as may go, or as go together below that.
+    Those that overrides demand go in any case."""
+    flat, _, steps = _in_order(keys)
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    for step in steps:
+        if float(flat[step[0]]) > -math.inf and len(step) > count:
+            break
+        chosen[torch.tensor(step)] = True
+        count -= len(step)
+    return list(chosen.split([len(k) for k in keys]))
 
 
 def forced(shares: Tensor, ratio: float) -> Tensor:
@@ -91,22 +107,20 @@ def savings(found: Channels, budget: Budget) -> list[float]:
 
 @dataclass(frozen=True)
 class Budget:
-    """Share `target` of what `measure` gives for the whole model that is to remain."""
+    """Share `target` of `whole`, what the model before the pass costs, that is to remain."""
 
     name: str
     target: float
     measure: Callable[[Tensor], float]
     """From (positions,) alive to MACs, parameters or bytes."""
+    whole: float
 
 
 def cut_for(found: Channels, keys: Sequence[Tensor], budget: Budget) -> tuple[list[Tensor], float]:
-    """Marks with which the budget is just met, and the share that then remains: the largest one not above the target,
-    or the smallest that there is."""
-    whole = budget.measure(found.alive([torch.zeros(len(k), dtype=torch.bool) for k in keys]))
-    flat = torch.cat([torch.empty(0, dtype=torch.float64), *keys])
-    group = torch.repeat_interleave(torch.tensor([len(k) for k in keys], dtype=torch.long))
-    order = [int(i) for i in torch.argsort(flat, stable=True) if flat[i] < NEVER]
-    steps = _together(flat, group, order)
+    """Marks with which the budget is just met, and the share that then remains: the nearest one not above the target
+    by more than `TOLERANCE`, or the smallest that there is. What overrides demand goes in any case."""
+    flat, _, steps = _in_order(keys)
+    demanded = sum(float(flat[step[0]]) == -math.inf for step in steps)
 
     def marks(count: int) -> list[Tensor]:
         chosen = torch.zeros(len(flat), dtype=torch.bool)
@@ -114,23 +128,25 @@ def cut_for(found: Channels, keys: Sequence[Tensor], budget: Budget) -> tuple[li
         return list(chosen.split([len(k) for k in keys]))
 
     def share(count: int) -> float:
-        return budget.measure(found.alive(marks(count))) / whole
+        return budget.measure(found.alive(marks(count))) / budget.whole
 
-    low, high = 0, len(steps)
+    low, high = demanded, len(steps)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= budget.target else (middle + 1, high)
-    if low and share(low) < budget.target * (1 - CLOSE):
-        return _finer(found, steps, low - 1, budget, whole, keys)
+    if low > demanded and share(low) < budget.target * (1 - CLOSE):
+        return _finer(found, steps, low - 1, budget, keys)
     return marks(low), share(low)
 
 
+TOLERANCE = 0.01
+"""Share of a budget by which it may be missed."""
 CLOSE = 0.005
 """A cut that undershoots the target by more than this share of it is refined with smaller steps."""
 
 
 def _finer(
-    found: Channels, steps: list[list[int]], count: int, budget: Budget, whole: float, keys: Sequence[Tensor]
+    found: Channels, steps: list[list[int]], count: int, budget: Budget, keys: Sequence[Tensor]
 ) -> tuple[list[Tensor], float]:
     """From `count` steps, which leave too much, on: steps in their order, less those that would take too much, and the
     later ones of their groups."""
@@ -139,23 +155,33 @@ def _finer(
     chosen = torch.zeros(len(group), dtype=torch.bool)
     chosen[torch.tensor([i for step in steps[:count] for i in step], dtype=torch.long)] = True
     closed: set[int] = set()
-    best, left = chosen, math.inf
+    best, left, most = chosen, math.inf, math.inf
     for step in steps[count:]:
         owner = int(group[step[0]])
         if owner in closed:
             continue
         tried = chosen.clone()
         tried[torch.tensor(step)] = True
-        share = budget.measure(found.alive(tried.split(sizes))) / whole
+        share = budget.measure(found.alive(tried.split(sizes))) / budget.whole
         if share < budget.target * (1 - CLOSE):
             closed.add(owner)
             if abs(share - budget.target) < abs(left - budget.target):
                 best, left = tried, share
             continue
-        chosen = tried
+        chosen, most = tried, share
         if share <= budget.target:
             return list(chosen.split(sizes)), share
+    if most <= budget.target * (1 + TOLERANCE) and most - budget.target < budget.target - left:
+        best, left = chosen, most
     return list(best.split(sizes)), left
+
+
+def _in_order(keys: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """All keys in a row, the group of each, and the places of those that may go, in steps of what goes together."""
+    flat = torch.cat([torch.empty(0, dtype=torch.float64), *keys])
+    group = torch.repeat_interleave(torch.tensor([len(k) for k in keys], dtype=torch.long))
+    order = [int(i) for i in torch.argsort(flat, stable=True) if flat[i] < NEVER]
+    return flat, group, _together(flat, group, order)
 
 
 def _together(flat: Tensor, group: Tensor, order: list[int]) -> list[list[int]]:

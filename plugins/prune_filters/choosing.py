@@ -2,33 +2,92 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 import surgery
-from surgery import Channels, Context, Criterion, Layer, PassError, PluginError, RecipeError
+from surgery import Channels, Context, Criterion, Group, Layer, ModelError, PassError, PluginError, RecipeError
 
-from .choice import Budget, Limits, cut_for, forced, keys_by_score, keys_by_share, marks_at, savings, share_of
+from . import BUDGETS, DEFAULT_RATIO
+from .choice import (
+    TOLERANCE,
+    Budget,
+    Limits,
+    cut_for,
+    first_units,
+    forced,
+    keys_by_score,
+    keys_by_share,
+    marks_at,
+    savings,
+)
 
 if TYPE_CHECKING:
     from . import PruneFilters
 
-TOLERANCE = 0.01
-"""Share of a budget by which it may be missed."""
+ATTEMPTS = 8
+"""To meet a budget of which units that have to be spared take some back."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model before the pass: output channels of its groups, by their names in order, and what it costs."""
+
+    channels: dict[tuple[str, int], int]
+    costs: dict[str, float]
+
+    @classmethod
+    def of(cls, found: Channels) -> Start:
+        alive = found.alive([torch.zeros(group.size, dtype=torch.bool) for group in found.groups])
+        costs = {name: getattr(found.cost, name)(alive) for name in BUDGETS}
+        return cls({key: _channels(group) for key, group in _numbered(found)}, costs)
+
+    def is_now(self, found: Channels) -> bool:
+        """Whether `found` has lost nothing yet."""
+        return sum(self.channels.values()) == sum(map(_channels, found.groups))
+
+    def gone(self, found: Channels) -> list[float]:
+        """Units that each group of `found` has lost since. A fraction where units are others now, such as heads in
+        place of the features of every head."""
+        pairs = [(group.size, _channels(group), self.channels.get(key)) for key, group in _numbered(found)]
+        return [size * max(0, (then or now) - now) / now for size, now, then in pairs]
+
+
+def _channels(group: Group) -> int:
+    return sum(len(member.positions) for member in group.of("output"))
+
+
+def _numbered(found: Channels) -> list[tuple[tuple[str, int], Group]]:
+    """Groups by name; those that begin at the same layer are numbered."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for group in found.groups:
+        numbered.append(((group.name, seen[group.name]), group))
+        seen[group.name] += 1
+    return numbered
 
 
 @dataclass
 class Choice:
-    """What `options` choose among the units of `found`."""
+    """What `options` choose among the units of `found`, in order that `part` of all that is to go since `start` is
+    gone."""
 
     options: PruneFilters
     found: Channels
     criterion: Criterion
     context: Context
+    start: Start
+    part: float = 1.0
+
+    @cached_property
+    def _gone(self) -> list[float]:
+        return self.start.gone(self.found)
 
     @property
     def _place(self) -> str:
@@ -39,20 +98,34 @@ class Choice:
 
         Raises:
             RecipeError: a pattern matches no layer with channels.
-            PassError: nothing can be removed, the budget cannot be met, or the scores hold NaN.
+            ModelError: nothing can be removed.
+            PassError: the budget cannot be met, or the scores hold NaN.
         """
-        ratios = self.ratios
-        if not any(ratio is None or ratio > 0 for ratio in ratios):
+        if not self.found.groups and self.start.is_now(self.found):
             raise self._nothing()
         budget = self._budget()
         keys = self._keys(self._scores(), budget)
-        if budget is None:
-            ratio = 0.5 if self.options.ratio is None else self.options.ratio
-            return self.found.spared(marks_at(keys, share_of(keys, ratio) if self._is_global(budget) else ratio))
-        marks, left = cut_for(self.found, keys, budget)
-        if left > budget.target * (1 + TOLERANCE):
-            raise self._unmet(budget, left)
-        return self.found.spared(marks)
+        if budget is not None:
+            return self._within(budget, keys)
+        ratio = self.part * (DEFAULT_RATIO if self.options.ratio is None else self.options.ratio)
+        if not self._is_global(budget):
+            return self.found.spared(marks_at(keys, ratio))
+        gone = sum(self._gone)
+        return self.found.spared(first_units(keys, int(ratio * (sum(map(len, keys)) + gone) - gone + 1e-9)))
+
+    def _within(self, budget: Budget, keys: Sequence[Tensor]) -> list[Tensor]:
+        """Marks that meet the budget once units are spared."""
+        aim, left = budget, 0.0
+        for _ in range(ATTEMPTS):
+            marks, reached = cut_for(self.found, keys, aim)
+            marks = self.found.spared(marks)
+            left = budget.measure(self.found.alive(marks)) / budget.whole
+            if left <= budget.target * (1 + TOLERANCE):
+                return marks
+            if reached > aim.target * (1 + TOLERANCE):
+                break
+            aim = replace(aim, target=aim.target - (left - budget.target))
+        raise self._unmet(budget, left)
 
     @cached_property
     def ratios(self) -> list[float | None]:
@@ -62,8 +135,9 @@ class Choice:
         """
         layers = {node: layer for layer in surgery.layers(self.found.model) for node in layer.nodes}
         owners = {side.layer: layers[side.node] for side in self.found.outputs if side.node in layers}
-        chosen = {layer.name for layer in self.options.selected(owners.values())}
-        self._check_overrides(owners)
+        known = list(owners.values() if self.start.is_now(self.found) else layers.values())  # a single one has no axis
+        chosen = {layer.name for layer in self.options.selected(known)}
+        self._check_overrides(known)
         return [
             self._ratio([owners[m.layer] for m in g.of("output") if m.layer in owners], chosen)
             for g in self.found.groups
@@ -79,9 +153,9 @@ class Choice:
         )
         return next(given, None)
 
-    def _check_overrides(self, owners: dict[str, Any]) -> None:
+    def _check_overrides(self, known: Sequence[Layer]) -> None:
         for pattern in self.options.overrides:
-            if not any(surgery.matches(layer, pattern) for layer in owners.values()):
+            if not any(surgery.matches(layer, pattern) for layer in known):
                 raise RecipeError(
                     f"overrides: {pattern!r} matches no layer with channels",
                     at=self._place,
@@ -92,7 +166,11 @@ class Choice:
         name, groups = self.criterion.name(), self.found.groups
         scores = self.criterion.scores(self.found, self.context)
         if [tuple(score.shape) for score in scores] != [(group.size,) for group in groups]:
-            raise PluginError(f"criterion {name} gives scores of other shapes than the groups have")
+            raise PluginError(
+                f"criterion {name} gives scores of other shapes than the groups have",
+                at=self._place,
+                fix="its author has to give one tensor (size,) per group, see docs/plugins.md",
+            )
         for score, group in zip(scores, groups, strict=True):
             if not bool(score.isfinite().all()):
                 raise PassError(
@@ -103,9 +181,10 @@ class Choice:
         return scores
 
     def _budget(self) -> Budget | None:
-        for name in ("macs", "parameters", "bytes"):
+        for name in BUDGETS:
             if (target := getattr(self.options, name)) is not None:
-                return Budget(name, target, getattr(self.found.cost, name))
+                part = 1 - (1 - target) * self.part
+                return Budget(name, part, getattr(self.found.cost, name), self.start.costs[name])
         return None
 
     def _is_global(self, budget: Budget | None) -> bool:
@@ -116,10 +195,10 @@ class Choice:
     def _keys(self, scores: Sequence[Tensor], budget: Budget | None) -> list[Tensor]:
         """Order of removal over all groups; units that overrides demand go first, protected ones never."""
         limits = Limits(self.options.min_width, self.options.round_to)
-        shares = [keys_by_share(score, limits) for score in scores]
+        shares = [keys_by_share(score, limits, gone) for score, gone in zip(scores, self._gone, strict=True)]
         keys = self._global_keys(scores, budget, limits) if self._is_global(budget) else shares
         return [
-            key if ratio is None else forced(share, ratio)
+            key if ratio is None else forced(share, ratio * self.part)
             for key, share, ratio in zip(keys, shares, self.ratios, strict=True)
         ]
 
@@ -130,12 +209,12 @@ class Choice:
         costs = savings(self.found, budget) if budget else [1.0] * len(scores)
         return [keys_by_score(score, limits, cost) for score, cost in zip(scores, costs, strict=True)]
 
-    def _nothing(self) -> PassError:
+    def _nothing(self) -> ModelError:
         reasons = sorted({frozen.why for frozen in self.found.frozen})[:3]
-        return PassError(
-            "nothing can be removed: " + ("every group is left out" if self.found.groups else "; ".join(reasons)),
+        return ModelError(
+            f"nothing can be removed: {'; '.join(reasons) or 'no layer has output channels'}",
             at=self._place,
-            fix="`surgery inspect` lists the groups of channels, and what has to stay and why",
+            fix="leave the pass out for this model; `surgery inspect` lists what has to stay and why",
         )
 
     def _unmet(self, budget: Budget, left: float) -> PassError:

@@ -67,7 +67,7 @@ def _regular(blocks: Tensor) -> Tensor:
 def eliminate(size: int, readers: Sequence[Reader], fixed: Tensor) -> Tensor:
     """(size,) how much each unit raises the error of all `readers` when it goes in its turn, the cheapest first.
 
-    `fixed` (size,) is added: what units cost where no reader judges them. Up to 128 units go one at a time, of more
+    `fixed` (size,) is added: what units cost where no reader judges them. Below 128 units go one at a time, of more
     1/64 of those that are left. Scores never fall in the order of removal, as on the lower convex hull of the error
     curve: units that only pay together go together.
     """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+import surgery
 from surgery import CapturedModel, Context, Layer, Task
 
 from .affine import RIDGE, Affine, affine_maps
@@ -16,8 +18,8 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Repaired:
-    """A layer whose weights were solved anew, with the error of its output before and after (1 = no better than the
-    mean)."""
+    """A layer whose weights were solved anew, with the error of its output before and after a linear fit (1 = no better
+    than the mean); where a ReLU follows, the weights that are put in go on from that fit."""
 
     layer: str
     before: float
@@ -25,15 +27,26 @@ class Repaired:
 
 
 def reconstruct(
-    model: CapturedModel, before: CapturedModel, keep: dict[str, Tensor], context: Context
+    model: CapturedModel,
+    before: CapturedModel,
+    keep: Mapping[str, Mapping[int, Tensor]],
+    context: Context,
+    exclude: Sequence[str] = (),
 ) -> list[Repaired]:
     """Solve every layer of `model` anew, in order of execution, from its present inputs towards `before`'s outputs.
 
-    `keep`: by name of a node, which of its channels in `before` are left; all where it is not named.
+    Layers that a pattern in `exclude` matches keep their weights.
+
+    `keep`: by name of a node and dimension, counted from the end, which places of `before`'s value are left; all where
+    it is not named.
     """
-    maps = {affine.layer.name: affine for affine in affine_maps(model)}
     limit = context.calibration.gram_bytes
-    steps = [a.step(keep.get(a.end.name)) for a in maps.values() if _gram_bytes(a.layer) <= limit]
+    maps = {
+        affine.layer.name: affine
+        for affine in affine_maps(model)
+        if _gram_bytes(affine.layer) <= limit and not any(surgery.matches(affine.layer, p) for p in exclude)
+    }
+    steps = [affine.step(keep.get(affine.end.name, {})) for affine in maps.values()]
     repaired = []
     for number, task in enumerate(context.calibration.sweep(model, steps, before)):
         context.progress("reconstruct", number, len(steps))

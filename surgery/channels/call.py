@@ -31,6 +31,14 @@ class Side:
     ids: Tensor
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Heads of an attention product: how many, and whether they go as a whole or lose features, each the same."""
+
+    count: int
+    whole: bool
+
+
 @dataclass
 class Facts:
     """What the rules have said so far."""
@@ -53,8 +61,8 @@ class Call:
     module: nn.Module | None
     layer: str
     facts: Facts
-    heads: int | None = None
-    """Number of heads of the attention it feeds, where whole heads are to be removed."""
+    heads: Heads | None = None
+    """Those of the attention that it feeds, where it feeds one."""
 
     @property
     def input(self) -> Value:

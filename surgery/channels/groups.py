@@ -119,7 +119,8 @@ class Units:
             role, layer = _role(facts, slot)
             units = units[positions]
             groups: Tensor = group_of[units]
-            for group in groups.unique().tolist():
+            alone = bool((groups == groups[0]).all())
+            for group in groups[:1].tolist() if alone else groups.unique().tolist():
                 own = groups == group
                 yield group, Member(slot, role, layer, positions[own], place[units[own]])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .call import Call
+from .call import Call, Heads
 from .values import Axis, Value
 
 
@@ -58,8 +58,8 @@ def _assembled(call: Call, value: Value, pieces: list[tuple[Tensor, bool]]) -> V
 def rectangular(call: Call, numbers: Tensor) -> tuple[int, Tensor] | None:
     """The dimension along which `numbers` vary, and the numbers along it.
 
-    Where they vary along several, one is kept and the others are united: the one with most different numbers, or, where
-    whole heads are to go, the one that counts the heads. A single number that is everywhere stays.
+    Where they vary along several, one is kept and the others are united: the one with most different numbers, in
+    attention the features, or the heads where these go as a whole. A single number that is everywhere stays.
     """
     core = numbers[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in numbers.stride())]
     if not core.numel():
@@ -73,11 +73,11 @@ def rectangular(call: Call, numbers: Tensor) -> tuple[int, Tensor] | None:
     return keep, call.rows_alike(rows)
 
 
-def _kept(core: Tensor, varying: list[int], heads: int | None) -> int:
-    if len(varying) == 1:
-        return varying[0]
+def _kept(core: Tensor, varying: list[int], heads: Heads | None) -> int:
+    if len(varying) == 1 or (heads and not heads.whole):
+        return varying[-1]
     counts = {d: len(_fiber(core, d).unique()) for d in varying}
-    counting = [d for d in varying[:-1] if counts[d] == heads]
+    counting = [d for d in varying[:-1] if heads and counts[d] == heads.count]
     return counting[-1] if counting else max(varying, key=lambda d: (counts[d], d))
 
 

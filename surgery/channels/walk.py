@@ -15,7 +15,7 @@ from ..captured import CapturedModel
 from ..graph import layers
 from ..names import get_attribute, tensors
 from ..vocabulary import arguments
-from .call import Call, Facts, parameter_value
+from .call import Call, Facts, Heads, parameter_value
 from .positions import Positions
 from .rules import ChannelRule, read
 from .shuffling import Shuffle, find_shuffle
@@ -34,7 +34,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.shuffles: list[Shuffle] = []
         self._within: dict[fx.Node, Shuffle] = {}
-        self._heads = heads_by_node(model.graph) if heads else {}
+        self._heads = {node: Heads(count, heads) for node, count in heads_by_node(model.graph).items()}
         self._layers = {node: layer.name for layer in layers(model) for node in layer.nodes if layer.functional}
 
     def run(self) -> Walk:
