@@ -91,7 +91,10 @@ class PruneFilters(Pass):
         lost: Counter[str] = Counter()
         for step in range(1, self.steps + 1):
             found = found if step == 1 else context.channels(model, heads=self.heads)
-            marks = Choice(self, found, criterion, context, start, step / self.steps).marks()
+            choice = Choice(self, found, criterion, context, start, step / self.steps)
+            marks = choice.marks()
+            if self.steps == 1:
+                skips += [Skip(layer, why) for layer, why in choice.why_left([int(own.sum()) for own in marks])]
             if not any(bool(own.any()) for own in marks):
                 continue
             lost += _lost(found, marks)

@@ -113,6 +113,22 @@ class Choice:
         gone = sum(self._gone)
         return self.found.spared(first_units(keys, int(ratio * (sum(map(len, keys)) + gone) - gone + 1e-9)))
 
+    def why_left(self, lost: Sequence[int]) -> list[tuple[str, str]]:
+        """Groups that lose nothing, by the layer that they begin at, and why; `lost`: units that go, per group."""
+        limits = Limits(self.options.min_width, self.options.round_to)
+        found = []
+        for group, ratio, gone in zip(self.found.groups, self.ratios, lost, strict=True):
+            if gone:
+                continue
+            if ratio == 0:
+                why = "left out by select, exclude or overrides"
+            elif len(limits.counts(group.size)) == 1:
+                why = f"min_width {limits.least} and round_to {limits.round_to} leave them no choice"
+            else:
+                why = "the share is less than one step of this group, or others go first"
+            found.append((group.name, f"all {group.size} units stay: {why}"))
+        return found
+
     def _within(self, budget: Budget, keys: Sequence[Tensor]) -> list[Tensor]:
         """Marks that meet the budget once units are spared."""
         aim, left = budget, 0.0

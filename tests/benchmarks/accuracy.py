@@ -145,7 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against MACs, one panel per network; dashed without reconstruction."""
     from matplotlib import pyplot
 
-    depths = sorted({r["depth"] for r in rows})
+    depths, colours = sorted({r["depth"] for r in rows}), pyplot.get_cmap("tab20")
     figure, axes = pyplot.subplots(1, len(depths), figsize=(6 * len(depths), 4.5), squeeze=False)
     for axis, depth in zip(axes[0], depths, strict=True):
         whole = next(r["accuracy"] for r in rows if r["depth"] == depth and r["criterion"] == "none")
@@ -159,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     if (r["criterion"], r["reconstruct"]) == (criterion, reconstruct)
                 )
                 label = criterion if reconstruct else None
-                axis.plot(*zip(*line, strict=True), style, color=f"C{index % 10}", markersize=4, label=label)
+                axis.plot(*zip(*line, strict=True), style, color=colours(index), markersize=4, label=label)
         axis.set(title=f"ResNet-{depth}, CIFAR-10", xlabel="share of the MACs that is left", ylabel="top-1, %")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
