@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import PluginError
+from .named import Named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 
-class Criterion(ABC):
+class Criterion(Named, ABC):
     """Importance of the units of every group. The first line of the class docstring is the criterion's summary; the
     docstring names the paper it follows."""
 
@@ -26,15 +26,6 @@ class Criterion(ABC):
     comparable: ClassVar[bool] = False
     """Scores of different groups measure the same thing, such as a rise of the loss; else only the order within a
     group has a meaning, and scores are divided by their mean over the group before groups are compared."""
-
-    @classmethod
-    def name(cls) -> str:
-        """Recipe value: the class name in snake case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-
-    @classmethod
-    def summary(cls) -> str:
-        return (cls.__doc__ or "").strip().split("\n")[0]
 
     @abstractmethod
     def scores(self, found: Channels, context: Context) -> list[Tensor]:

@@ -7,7 +7,6 @@ A pass edits the snapshot it is handed; the model before it stays as it was, so 
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 from pydantic import ConfigDict, Field
 
 from .errors import PassError, PluginError, RecipeError, SurgeryError
+from .named import Named
 
 if TYPE_CHECKING:
     from .captured import CapturedModel
@@ -60,7 +60,7 @@ class PassReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass(ABC):
+class Pass(Named, ABC):
     """A transformation of a captured model. Subclasses are frozen dataclasses whose fields are the recipe's options.
 
     Every option carries its meaning, unit and range: `rank: Annotated[int, Field(ge=1, description="…")] = 8`.
@@ -87,21 +87,12 @@ class Pass(ABC):
     refuses: ClassVar[Mapping[str, str]] = {}
     """Traits after which this pass cannot run, each with the reason and the order that works."""
 
-    @classmethod
-    def name(cls) -> str:
-        """Recipe key: the class name in snake case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-
-    @classmethod
-    def summary(cls) -> str:
-        return (cls.__doc__ or "").strip().split("\n")[0]
-
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its value, defaults included."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def check(self, registry: Registry) -> None:  # noqa: B027
+    def check(self, registry: Registry) -> None:
         """Raises RecipeError where an option names something that no plugin offers. Called before any pass runs."""
 
     @abstractmethod
