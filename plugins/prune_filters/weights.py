@@ -15,8 +15,17 @@ if TYPE_CHECKING:
 
 def filters(found: Channels, member: Member) -> Tensor:
     """(channels, features) weights of every filter of the layer whose output channels `member` is about."""
-    weight = found.tensor(member).detach().double().cpu().movedim(member.slot.dim, 0)
+    weight = found.tensor(member).detach().cpu().movedim(member.slot.dim, 0)
     return weight.reshape(len(weight), -1)
+
+
+def norms(found: Channels, member: Member, order: int) -> Tensor:
+    """(n,) 1- or 2-norm of the filters that `member` is about. No copy of the weights is made."""
+    import torch
+
+    rows = filters(found, member)
+    lengths: Tensor = torch.linalg.vector_norm(rows, order, dim=1).double()[member.positions]
+    return lengths
 
 
 def added(group: Group, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -31,7 +40,7 @@ def added(group: Group, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def l1_norms(found: Channels, group: Group) -> Tensor:
     """(size,) absolute weights of each unit's filters, added up."""
-    return added(group, [(filters(found, m).abs().sum(1)[m.positions], m.units) for m in group.of("output")])
+    return added(group, [(norms(found, m, 1), m.units) for m in group.of("output")])
 
 
 class L1(Criterion):
@@ -51,10 +60,7 @@ class L2(Criterion):
     """
 
     def scores(self, found: Channels, context: Context) -> list[Tensor]:
-        return [
-            added(g, [(filters(found, m).norm(dim=1)[m.positions], m.units) for m in g.of("output")])
-            for g in found.groups
-        ]
+        return [added(g, [(norms(found, m, 2), m.units) for m in g.of("output")]) for g in found.groups]
 
 
 class Random(Criterion):
@@ -105,5 +111,5 @@ class GeometricMedian(Criterion):
     def _distances(self, found: Channels, member: Member) -> tuple[Tensor, Tensor]:
         import torch
 
-        rows = filters(found, member)
+        rows = filters(found, member).double()
         return torch.cdist(rows[member.positions], rows).sum(1), member.units
