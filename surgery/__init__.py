@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .calibration import Statistics as Statistics
     from .calibration import Step as Step
     from .calibration import Task as Task
+    from .calibration import gram_bytes as gram_bytes
+    from .calibration import weight_matrix as weight_matrix
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
     from .channels import Axis as Axis
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from .export.source import export_source as export_source
     from .graph import Layer as Layer
     from .graph import bypass as bypass
-    from .graph import followers as followers
     from .graph import layers as layers
     from .graph import matches as matches
     from .graph import replace_layer as replace_layer
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     from .verification import verify as verify
 
 _HOME = {
-    "calibration": ("Aim", "Calibration", "Regression", "Statistics", "Step", "Task"),
+    "calibration": ("Aim", "Calibration", "Regression", "Statistics", "Step", "Task", "gram_bytes", "weight_matrix"),
     "captured": ("CapturedModel", "capture"),
     "channels": (
         "Axis",
@@ -102,7 +103,7 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "bypass", "followers", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
+    "graph": ("Layer", "bypass", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),

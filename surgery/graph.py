@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -215,13 +215,6 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     meta = node.meta["tensor_meta"]
     assert isinstance(meta, TensorMetadata)
     return tuple(meta.shape)
-
-
-def followers(node: fx.Node) -> Iterator[fx.Node]:
-    """Nodes reached by following single users, nearest first."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        yield node
 
 
 def retarget(graph: fx.Graph, device: torch.device) -> None:

@@ -345,7 +345,7 @@ def test_aims_can_be_given_for_layers_with_fewer_channels() -> None:
     operated.get_submodule("first").bias = nn.Parameter(first.bias[keep])
     head.weight = nn.Parameter(head.weight[:, keep])
     layer = layers(operated)[0]
-    aims = {"first": [Aim(layer.nodes[0].name, keep=keep)]}
+    aims = {"first": [Aim(layer.nodes[0].name, keep={1: keep})]}
     task = Calibration([x], original=original).compare(operated, [layer], aims)["first"]
     torch.testing.assert_close(
         task.y_mean[0], original.get_submodule("first")(x)[:, keep].double().mean(0), rtol=1e-5, atol=1e-5

@@ -12,7 +12,6 @@ from surgery.captured import capture
 from surgery.graph import (
     Layer,
     bypass,
-    followers,
     layers,
     leaf_inputs,
     matches,
@@ -234,12 +233,6 @@ def test_shapes_are_noted_anew_for_other_inputs():
     assert [tuple(t.shape) for t in outputs] == [(5, 5)]
     assert {shape(node)[0] for node in model.graph.nodes if node.op == "call_module"} == {5}
     assert len(leaf_inputs(model.inputs)) == 2
-
-
-def test_followers_stop_where_a_value_is_used_twice():
-    model = NETWORKS["residual"].captured()
-    stem = layer(model, "stem.0").nodes[0]
-    assert [str(node.target) for node in followers(stem)] == ["stem.1", "aten.relu.default"]
 
 
 def test_tensors_hold_every_name_of_a_shared_one():

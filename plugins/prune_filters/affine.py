@@ -36,8 +36,8 @@ class Affine:
         added to something that is known by then, the reference's sum less that, so that it repairs both errors."""
         total, shortcut = self._sum()
         if total is None or shortcut is None:
-            return Step(self.layer, Aim(self.end.name), _rectified(self.end), keep)
-        return Step(self.layer, Aim(total.name, (shortcut.name,)), _rectified(total), keep)
+            return Step(self.layer, Aim(self.end.name, (), keep), _rectified(self.end))
+        return Step(self.layer, Aim(total.name, (shortcut.name,), keep), _rectified(total))
 
     def _sum(self) -> tuple[fx.Node | None, fx.Node | None]:
         users = list(self.end.users)

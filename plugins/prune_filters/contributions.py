@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 import surgery
 from surgery import Carrier, Channels, Context
@@ -55,17 +55,8 @@ def _readings(found: Channels) -> dict[str, dict[int, Carrier]]:
 
 def _by_feature(module: nn.Module, gram: Tensor) -> Tensor:
     """(groups, features, features) entries of tr(W_f E[x_f x_g] W_gᵀ): WᵀW ∘ E[x xᵀ]."""
-    weight = _matrix(module).detach().double().cpu()
+    weight = surgery.weight_matrix(module).detach().double().cpu()
     return (weight.mT @ weight).mul_(gram)
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight as (groups, outputs, features), features in the order inputs · kernel."""
-    weight, groups = module.weight, getattr(module, "groups", 1)
-    assert isinstance(weight, Tensor)
-    if isinstance(module, _ConvTransposeNd):
-        return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def _by_unit(shares: Tensor, module: nn.Module, carrier: Carrier, size: int) -> Tensor:

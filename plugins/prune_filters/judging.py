@@ -46,7 +46,7 @@ class Evidence:
     @cached_property
     def shares(self) -> Tensor:
         """(outputs,) share of each output channel in the variance of all."""
-        variance = self.task.regression.y_variance.reshape(-1)
+        variance = self.task.targets().variance.reshape(-1)
         return variance / variance.sum().clamp_min(1e-300)
 
     @cached_property

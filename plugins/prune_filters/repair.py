@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import surgery
-from surgery import CapturedModel, Context, Layer, Task
+from surgery import CapturedModel, Context, Task
 
 from .affine import RIDGE, Affine, affine_maps
 
@@ -44,7 +44,7 @@ def reconstruct(
     maps = {
         affine.layer.name: affine
         for affine in affine_maps(model)
-        if _gram_bytes(affine.layer) <= limit and not any(surgery.matches(affine.layer, p) for p in exclude)
+        if surgery.gram_bytes(affine.layer) <= limit and not any(surgery.matches(affine.layer, p) for p in exclude)
     }
     steps = [affine.step(keep.get(affine.end.name, {})) for affine in maps.values()]
     repaired = []
@@ -65,10 +65,3 @@ def _solve(task: Task, affine: Affine) -> Repaired:
         matrix = current.solve(present, RIDGE)
     affine.put(task, matrix, current.bias(matrix), regression)
     return Repaired(task.layer.name, regression.error(present, regression.bias(present)), error)
-
-
-def _gram_bytes(layer: Layer) -> int:
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
-    groups = int(getattr(layer.module, "groups", 1))
-    return 8 * groups * (weight.numel() // weight.shape[0]) ** 2

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from .collect import Statistics, Want
+from .collect import Statistics, Want, gram_bytes
 from .compare import Aim
 from .moments import Moments, Regression
 from .ranges import Histogram, Range
 from .service import Calibration
 from .sweep import Step, Task
+from .unfolding import weight_matrix
 
-__all__ = ["Aim", "Calibration", "Histogram", "Moments", "Range", "Regression", "Statistics", "Step", "Task", "Want"]
+__all__ = [
+    "Aim",
+    "Calibration",
+    "Histogram",
+    "Moments",
+    "Range",
+    "Regression",
+    "Statistics",
+    "Step",
+    "Task",
+    "Want",
+    "gram_bytes",
+    "weight_matrix",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -12,20 +12,20 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PluginError
 from ..graph import Layer, shape
 from .moments import Regression, Scatter
-from .unfolding import can_unfold, channel_dim, groups_and_features, output_rows, unfold, weight_matrix
+from .unfolding import can_unfold, groups_and_features, output_rows, unfold, weight_matrix
 
 
 @dataclass(frozen=True)
 class Aim:
     """What one call of a layer should give: a node's value in the original, less values in the operated model.
 
-    `minus` names nodes of the operated model, such as the shortcut of a residual block whose sum is the target; `keep`
-    are indices of the original's channels that the operated layer still has, None = all.
+    `minus` names nodes of the operated model, such as the shortcut of a residual block whose sum is the target; `keep`,
+    by dimension, the places of the original's value that the operated model still has; all where it has none.
     """
 
     target: str
     minus: tuple[str, ...] = ()
-    keep: Tensor | None = None
+    keep: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Comparison:
@@ -47,7 +47,7 @@ class Comparison:
         """Values of the operated model's and of the original's nodes on the same batch."""
         module = self.layer.module
         for node, aim in zip(self.layer.nodes, self.aims, strict=True):
-            target, _ = target_of(aim, own, wanted[aim.target], channel_dim(module))
+            target, _ = target_of(aim, own, wanted[aim.target])
             y = output_rows(module, target)
             self._check(y.shape[2] == weight_matrix(module).shape[1], aim, target)
             start = 0
@@ -68,9 +68,11 @@ class Comparison:
         return Regression.of(self._joint.finish(), groups_and_features(self.layer.module)[1])
 
 
-def target_of(aim: Aim, own: Mapping[str, Tensor], wanted: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+def target_of(aim: Aim, own: Mapping[str, Tensor], wanted: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a call should give, from the reference's value `wanted`; and what was taken off it, None = nothing."""
-    value = wanted if aim.keep is None else wanted.index_select(channels, aim.keep.to(wanted.device))
+    value = wanted
+    for dim, places in aim.keep.items():
+        value = value.index_select(dim, places.to(value.device))
     if not aim.minus:
         return value, None
     offset = own[aim.minus[0]]

@@ -5,13 +5,13 @@
         … replace the layer's weights …          the next layer sees what the new ones give
 
 Every node of both graphs runs once per batch, so that solving all layers costs two forward passes and not one per
-layer. Values are held until their last reader has run; `samples` keeps them to a limit of memory.
+layer. Values are held until their last reader has run; `sweep_bytes` limits the samples that go through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -43,14 +43,12 @@ from .unfolding import (
 class Step:
     """A layer that is called once, and what its call should give in the reference.
 
-    `rectified`: a ReLU follows the target, so that below zero any value is as good as another. `keep`: by dimension,
-    counted from the end, the places of the reference's value that the operated model still has; all where it has none.
+    `rectified`: a ReLU follows the target, so that below zero any value is as good as another.
     """
 
     layer: Layer
     aim: Aim
     rectified: bool = False
-    keep: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def reads(self) -> set[str]:
@@ -114,6 +112,13 @@ class Task:
             scatter.add(target if offset is None else target + offset)
         return float(scatter.finish().variance.sum())
 
+    def targets(self) -> Moments:
+        """Mean and variance of what the layer should give."""
+        scatter = Scatter(False)
+        for _, target, _ in self._rows():
+            scatter.add(target)
+        return scatter.finish()
+
     @property
     def matrix(self) -> Tensor:
         """The layer's present W (groups, outputs, features)."""
@@ -129,7 +134,7 @@ class Task:
         """Inputs (groups, rows, features), targets and what was taken off them (groups, rows, outputs), in chunks."""
         module, every = self.layer.module, self._every
         for own, wanted in zip(self._own, self._wanted, strict=True):
-            target, offset = target_of(self.step.aim, own, wanted, channel_dim(module))
+            target, offset = target_of(self.step.aim, own, wanted)
             y, shift = output_rows(module, target), None if offset is None else output_rows(module, offset)
             start = 0
             for rows in unfold(module, own[str(module_input(self.layer))], self._chunk_bytes):
@@ -176,16 +181,10 @@ def sweep(
             own.run_to(step.layer.nodes[0].name, inclusive=False)
             theirs.run_to(step.aim.target, inclusive=True)
         given = [{name: env[own.nodes[name]] for name in step.reads} for env in own.values]
-        wanted = [_kept(env[theirs.nodes[step.aim.target]], step.keep) for env in theirs.values]
+        wanted = [env[theirs.nodes[step.aim.target]] for env in theirs.values]
         yield Task(step, given, wanted, chunk_bytes)
         own.done_with(step.reads)
         theirs.done_with({step.aim.target})
-
-
-def _kept(value: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
-    for dim, places in keep.items():
-        value = value.index_select(dim, places.to(value.device))
-    return value
 
 
 def _place(graph: fx.Graph) -> Any:

@@ -88,7 +88,7 @@ class Channels:
 
     @cached_property
     def cost(self) -> Cost:
-        return Cost(self.walk, self.units.of_position)
+        return Cost(self.walk)
 
     def tensor(self, member: Member) -> Tensor:
         """The parameter or buffer that `member` is about."""
@@ -136,7 +136,7 @@ class Channels:
 class Cost:
     """MACs and parameters as functions of what is alive: sums of products of sizes."""
 
-    def __init__(self, walk: Walk, of_position: Tensor) -> None:
+    def __init__(self, walk: Walk) -> None:
         self.batch = walk.model.inputs.batch_size
         self._macs = _Products([(work.fixed, work.dims) for work in walk.facts.work])
         slots = walk.facts.positions.slots

@@ -23,9 +23,6 @@ class Slot:
     size: int
     first: int
 
-    def __str__(self) -> str:
-        return f"{self.tensor}[{self.dim}]"
-
 
 class Positions:
     """Hands out numbers and gathers what is known about them."""

@@ -35,7 +35,6 @@ class Value:
     shape: tuple[int, ...]
     axes: Axes
     dtype: torch.dtype = torch.float32
-    name: str = ""
 
     @classmethod
     def rigid(cls, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Value:
@@ -48,10 +47,6 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.shape)
-
-    @property
-    def labelled(self) -> bool:
-        return any(self.axes)
 
     def index(self, dim: int) -> Tensor:
         """The numbers along `dim`, broadcast over the whole shape without taking memory."""
