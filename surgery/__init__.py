@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .calibration import Affine as Affine
     from .calibration import Aim as Aim
     from .calibration import Calibration as Calibration
     from .calibration import Regression as Regression
     from .calibration import Statistics as Statistics
     from .calibration import Step as Step
     from .calibration import Task as Task
+    from .calibration import affine_maps as affine_maps
     from .calibration import gram_bytes as gram_bytes
     from .calibration import weight_matrix as weight_matrix
     from .captured import CapturedModel as CapturedModel
@@ -71,7 +73,18 @@ if TYPE_CHECKING:
     from .verification import verify as verify
 
 _HOME = {
-    "calibration": ("Aim", "Calibration", "Regression", "Statistics", "Step", "Task", "gram_bytes", "weight_matrix"),
+    "calibration": (
+        "Affine",
+        "Aim",
+        "Calibration",
+        "Regression",
+        "Statistics",
+        "Step",
+        "Task",
+        "affine_maps",
+        "gram_bytes",
+        "weight_matrix",
+    ),
     "captured": ("CapturedModel", "capture"),
     "channels": (
         "Axis",

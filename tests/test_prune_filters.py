@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_plugins.prune_filters import PruneFilters, repair
-from surgery_plugins.prune_filters.affine import affine_maps
 from surgery_plugins.prune_filters.choice import (
     NEVER,
     Budget,
@@ -41,6 +40,7 @@ from surgery import (
     find_channels,
     hookimpl,
 )
+from surgery.calibration import affine_maps
 from surgery.captured import relative_error
 from surgery.recipe import build_pass
 from surgery.testing import NETWORKS, networks, randomise

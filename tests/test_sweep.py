@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from surgery_plugins.prune_filters.affine import affine_maps
 from torch import nn
 
 import surgery
 from surgery import Aim, Calibration, InputError, PluginError, Step, capture
+from surgery.calibration import affine_maps
 from surgery.calibration.sweep import live_bytes
 from surgery.testing import NETWORKS, networks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import surgery
 from surgery import Criterion
 
 if TYPE_CHECKING:
@@ -26,10 +27,9 @@ class Reconstruction(Criterion):
     comparable: ClassVar[bool] = True
 
     def scores(self, found: Channels, context: Context) -> list[Tensor]:
-        from .affine import affine_maps
         from .judging import Evidence, Judge
 
-        maps = {affine.layer.name: affine for affine in affine_maps(found.model)}
+        maps = {affine.layer.name: affine for affine in surgery.affine_maps(found.model)}
         judges = [Judge(found, group, maps) for group in found.groups]
         names = {name for judge in judges for name in judge.awaited}
         steps = [affine.step() for name, affine in maps.items() if name in names]

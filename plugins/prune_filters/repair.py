@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import surgery
-from surgery import CapturedModel, Context, Task
-
-from .affine import RIDGE, Affine, affine_maps
+from surgery import Affine, CapturedModel, Context, Task
 
 ROUNDS = 2
 """Of the fit through a ReLU."""
@@ -43,7 +41,7 @@ def reconstruct(
     limit = context.calibration.gram_bytes
     maps = {
         affine.layer.name: affine
-        for affine in affine_maps(model)
+        for affine in surgery.affine_maps(model)
         if surgery.gram_bytes(affine.layer) <= limit and not any(surgery.matches(affine.layer, p) for p in exclude)
     }
     steps = [affine.step(keep.get(affine.end.name, {})) for affine in maps.values()]
@@ -57,11 +55,11 @@ def reconstruct(
 def _solve(task: Task, affine: Affine) -> Repaired:
     regression = task.regression
     present = affine.scaled(task.matrix)
-    matrix = regression.solve(present, RIDGE)
+    matrix = regression.solve(present)
     error = regression.error(matrix, regression.bias(matrix))
     current = regression
     for _ in range(ROUNDS if task.step.rectified else 0):
         current = task.rectified(matrix, current.bias(matrix))
-        matrix = current.solve(present, RIDGE)
+        matrix = current.solve(present)
     affine.put(task, matrix, current.bias(matrix), regression)
     return Repaired(task.layer.name, regression.error(present, regression.bias(present)), error)

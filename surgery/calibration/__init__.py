@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .affine import Affine, affine_maps
 from .collect import Statistics, Want, gram_bytes
 from .compare import Aim
 from .moments import Moments, Regression
@@ -11,6 +12,7 @@ from .sweep import Step, Task
 from .unfolding import weight_matrix
 
 __all__ = [
+    "Affine",
     "Aim",
     "Calibration",
     "Histogram",
@@ -21,6 +23,7 @@ __all__ = [
     "Step",
     "Task",
     "Want",
+    "affine_maps",
     "gram_bytes",
     "weight_matrix",
 ]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import surgery
-from surgery import Aim, CapturedModel, Layer, Regression, Step, Task
+from ..captured import CapturedModel
+from ..graph import Layer, layers, shape, sharing
+from .compare import Aim
+from .moments import Regression
+from .sweep import Step, Task
 
 aten = torch.ops.aten
 ALL: Mapping[int, Tensor] = MappingProxyType({})
-
-RIDGE = 1e-4
-"""Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,7 @@ class Affine:
         if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
             return None, None
         others = [node for node in users[0].all_input_nodes if node is not self.end]
-        if (
-            len(others) != 1
-            or surgery.shape(others[0]) != surgery.shape(self.end)
-            or not others[0] < self.layer.nodes[0]
-        ):
+        if len(others) != 1 or shape(others[0]) != shape(self.end) or not others[0] < self.layer.nodes[0]:
             return None, None
         return users[0], others[0]
 
@@ -92,10 +88,10 @@ def _rectified(node: fx.Node) -> bool:
 
 def affine_maps(model: CapturedModel) -> list[Affine]:
     """Every convolution and linear layer that is a module of its own, called once, in order of execution."""
-    layers = surgery.layers(model)
-    norms = {layer.nodes[0]: layer for layer in layers if layer.type.startswith("BatchNorm") and _plain(model, layer)}
+    every = layers(model)
+    norms = {layer.nodes[0]: layer for layer in every if layer.type.startswith("BatchNorm") and _plain(model, layer)}
     found = []
-    for layer in layers:
+    for layer in every:
         if layer.type.startswith(("Conv", "Linear")) and not layer.functional and _plain(model, layer):
             users = list(layer.nodes[0].users)
             norm = norms.get(users[0]) if len(users) == 1 else None
@@ -105,11 +101,11 @@ def affine_maps(model: CapturedModel) -> list[Affine]:
 
 
 def _plain(model: CapturedModel, layer: Layer) -> bool:
-    return surgery.sharing(model, layer) is None
+    return sharing(model, layer) is None
 
 
 def _follows(layer: Layer, norm: Layer) -> bool:
     """Whether `norm` normalises the layer's output channels with statistics and factors of its own."""
     module: Any = norm.module
     dims = 2 if layer.type == "Linear" else 2 + len(layer.module.kernel_size)  # type: ignore[arg-type]
-    return bool(module.running_var is not None and module.affine and len(surgery.shape(norm.nodes[0])) == dims)
+    return bool(module.running_var is not None and module.affine and len(shape(norm.nodes[0])) == dims)
