@@ -12,11 +12,10 @@ from torch import Tensor
 from surgery import Affine, Channels, Group, Layer, Member, Task
 
 from .elimination import Reader, eliminate
+from .repair import RIDGE
 
 MOST_FEATURES = 4608
 """Of a layer whose covariance is inverted: 512 channels of a 3×3 kernel."""
-RIDGE = 1e-4
-"""As in `Regression.solve`, which makes up for the loss."""
 NO_FEATURES = torch.empty(0, 0, dtype=torch.long)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 import surgery
 from surgery import Affine, CapturedModel, Context, Task
 
+RIDGE = 1e-4
+"""Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
 ROUNDS = 2
 """Of the fit through a ReLU."""
 
@@ -55,11 +57,11 @@ def reconstruct(
 def _solve(task: Task, affine: Affine) -> Repaired:
     regression = task.regression
     present = affine.scaled(task.matrix)
-    matrix = regression.solve(present)
+    matrix = regression.solve(present, RIDGE)
     error = regression.error(matrix, regression.bias(matrix))
     current = regression
     for _ in range(ROUNDS if task.step.rectified else 0):
         current = task.rectified(matrix, current.bias(matrix))
-        matrix = current.solve(present)
+        matrix = current.solve(present, RIDGE)
     affine.put(task, matrix, current.bias(matrix), regression)
     return Repaired(task.layer.name, regression.error(present, regression.bias(present)), error)
