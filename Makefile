@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy clean
+.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank clean
 
 install: $(STAMP)
 
@@ -46,6 +46,9 @@ prune-speed: $(VENV)/.zoo
 
 prune-accuracy: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/accuracy.py $(ACCURACY)
+
+low-rank: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/low_rank.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

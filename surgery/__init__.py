@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .export.onnx import export_onnx as export_onnx
     from .export.source import export_source as export_source
     from .graph import Layer as Layer
+    from .graph import Operator as Operator
     from .graph import bypass as bypass
     from .graph import layers as layers
     from .graph import matches as matches
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .loading import load as load
     from .measurement import measure as measure
     from .names import set_module as set_module
+    from .onnx_latency import onnx_latency as onnx_latency
     from .passes import Edit as Edit
     from .passes import Pass as Pass
     from .passes import PassReport as PassReport
@@ -116,12 +118,13 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "bypass", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
+    "graph": ("Layer", "Operator", "bypass", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),
     "measurement": ("measure",),
     "names": ("set_module",),
+    "onnx_latency": ("onnx_latency",),
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
     "registry": ("Registry",),

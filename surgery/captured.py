@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ from .preparing import bake_parametrisations, private_copy, twin, unwrapped
 from .program import export
 from .raising import Raiser
 from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
-from .reproduction import Known, at_another_batch, compare, known, on_other_numbers
+from .reproduction import Known, another_sample, at_another_batch, compare, forward, known, on_other_numbers
 from .reproduction import relative_error as relative_error
 from .tracing import uncollected
 
@@ -84,7 +85,7 @@ class CapturedModel(fx.GraphModule):
 
     @property
     def capture_error(self) -> float:
-        """Largest deviation from the original, on the example and another batch, relative to the largest output."""
+        """Largest deviation from the original wherever the two were compared, relative to the largest output."""
         return self._info.error
 
     @property
@@ -126,8 +127,16 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
 
 
 def _reproduced(private: nn.Module, inputs: Inputs) -> tuple[CapturedModel, float, str]:
-    """A graph of `private` with its error, and why its batch size is fixed if it is."""
-    called = twin(private)  # some build on the first call what they need, others keep what had better be computed anew
+    """A graph of `private` with its error, and why its batch size is fixed if it is.
+
+    An example of one sample is exported as a batch of two, so that one other sample is other numbers and another batch
+    size at once. Where that does not do, the model is run on the example and at another batch size.
+    """
+    if sample := another_sample(private, inputs):
+        with suppress(CaptureError):
+            captured = _graph(_candidates(private, inputs), inputs, free_batch=True)
+            return captured, compare(captured, private, sample, note_shapes=True), ""
+    called = twin(private)
     example = known(called, inputs)
     other, why_fixed = at_another_batch(private, inputs)
     if other:
@@ -140,13 +149,22 @@ def _reproduced(private: nn.Module, inputs: Inputs) -> tuple[CapturedModel, floa
     return captured, _error(captured, private, example, *on_other_numbers(private, inputs)), why_fixed
 
 
+def _candidates(private: nn.Module, inputs: Inputs) -> Iterator[nn.Module]:
+    """The model before and after its first call: some build there what they need, others keep what had better be
+    computed anew."""
+    yield private
+    called = twin(private)
+    forward(called, inputs)
+    yield called
+
+
 def _error(captured: CapturedModel, model: nn.Module, example: Known, *others: Known) -> float:
     """Largest deviation; the shapes of the example are noted on the nodes."""
     errors = [compare(captured, model, other, note_shapes=False) for other in others]
     return max(*errors, compare(captured, model, example, note_shapes=True), 0.0)
 
 
-def _graph(candidates: Sequence[nn.Module], inputs: Inputs, *, free_batch: bool) -> CapturedModel:
+def _graph(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool) -> CapturedModel:
     """The first of `candidates` that torch.export can follow, raised back to modules."""
     program, private = export(candidates, inputs, free_batch=free_batch)
     module = program.graph_module

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .data import Data
 from .errors import InputError
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with what is worked on, how many are done, and how many there are."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -39,6 +44,8 @@ class Context:
     progress: Progress = silent
     registry: Registry | None = None
     """Plugins to look up; None = those installed."""
+    executor: Executor | None = None
+    """Where work that is independent per layer runs; None = here."""
 
     @property
     def has_calibration(self) -> bool:
@@ -63,6 +70,18 @@ class Context:
                 f"{who} needs calibration data and there is none",
                 fix="give data= in Python or --data module:function on the command line; labels are not needed",
             )
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """`function` called by the executor, or at once where there is none. It may run in another process: give a
+        function of a module and arguments that can be pickled."""
+        if self.executor is not None:
+            return self.executor.submit(function, *args, **kwargs)
+        future: Future[T] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def channels(self, model: CapturedModel, *, heads: bool = False) -> Channels:
         """Which channels of `model` live or die together, by the rules of every plugin. See `find_channels`."""

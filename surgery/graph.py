@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -35,6 +35,21 @@ class Layer:
     @property
     def type(self) -> str:
         return type(self.module).__name__
+
+
+class Operator(nn.Module):
+    """`target(value, *args)`, or `target(value, parameter, *args)`: what `replace_layer` writes as a call of the
+    operator and not of a module."""
+
+    def __init__(
+        self, target: torch._ops.OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.target, self.args, self.parameter = target, args, parameter
+
+    def forward(self, value: Tensor) -> Any:
+        own = () if self.parameter is None else (self.parameter,)
+        return self.target(value, *own, *self.args)
 
 
 def layers(model: fx.GraphModule) -> list[Layer]:
@@ -87,11 +102,11 @@ def tied(model: fx.GraphModule, layer: Layer) -> str | None:
     return f"shares its parameters with node {outside[0].name}" if outside else None
 
 
-def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Module]) -> None:
-    """Put the modules `parts`, called one after the other, where `layer` was called.
+def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Module]) -> None:
+    """Put the modules `parts`, called one after the other, where `layer` was called; an `Operator` as its call.
 
-    `parts` are registered below the layer's name (`{"depthwise": …}` → `features.3.depthwise`); a single part named ""
-    takes the layer's own name. Training mode follows the model's.
+    `parts`, of an operator its parameter, are registered below the layer's name (`{"depthwise": …}` →
+    `features.3.depthwise`); a single part named "" takes the layer's own name. Training mode follows the model's.
     """
     base = layer.name.replace("@", "_")
     released = _release(model, layer) if layer.functional else []
@@ -99,10 +114,15 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: dict[str, nn.Modul
         base = f"{base}_{layer.type.lower()}"
     if list(parts) != [""]:
         set_module(model, base, nn.Module().train(model.training))
-    for suffix, module in parts.items():
-        set_module(model, f"{base}.{suffix}" if suffix else base, module.train(model.training))
+    named = {f"{base}.{suffix}" if suffix else base: part for suffix, part in parts.items()}
+    for name, part in named.items():
+        if not isinstance(part, Operator):
+            set_module(model, name, part.train(model.training))
+        elif part.parameter is not None:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path).register_parameter(leaf, part.parameter)
     for node in layer.nodes:
-        _replace_call(model.graph, node, [f"{base}.{suffix}" if suffix else base for suffix in parts])
+        _replace_call(model.graph, node, base, named)
     for reader in released:
         model.graph.erase_node(reader)
     if layer.functional:
@@ -135,12 +155,16 @@ def _exists(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _replace_call(graph: fx.Graph, node: fx.Node, targets: Sequence[str]) -> None:
+def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str, nn.Module]) -> None:
     value = node.args[0]
     with graph.inserting_before(node):
-        for target in targets:
-            value = graph.call_module(target, (value,))
-            value.meta["module_path"] = target
+        for name, part in parts.items():
+            if isinstance(part, Operator):
+                own = () if part.parameter is None else (graph.get_attr(name),)
+                value = graph.call_function(part.target, (value, *own, *part.args))
+            else:
+                value = graph.call_module(name, (value,))
+            value.meta["module_path"] = path if isinstance(part, Operator) else name
     assert isinstance(value, fx.Node)
     if "tensor_meta" in node.meta:
         value.meta["tensor_meta"] = node.meta["tensor_meta"]

@@ -111,20 +111,27 @@ class Pass(Named, ABC):
         from .graph import matches
 
         layers = list(layers)
-        for option in ("select", "exclude"):
-            for pattern in getattr(self, option):
-                if not any(matches(layer, pattern) for layer in layers):
-                    raise RecipeError(
-                        f"{option}: {pattern!r} matches no layer{_close(pattern, layers)}",
-                        at=f"pass {self.name()}",
-                        fix="`surgery inspect` lists the layers of the model",
-                    )
+        self.check_patterns(layers, "select", "exclude")
         return [
             layer
             for layer in layers
             if (not self.select or any(matches(layer, p) for p in self.select))
             and not any(matches(layer, p) for p in self.exclude)
         ]
+
+    def check_patterns(self, layers: Iterable[Layer], *options: str) -> None:
+        """Raises RecipeError, with the nearest names, where a pattern in one of `options` matches none of `layers`."""
+        from .graph import matches
+
+        layers = list(layers)
+        for option in options:
+            for pattern in getattr(self, option):
+                if not any(matches(layer, pattern) for layer in layers):
+                    raise RecipeError(
+                        f"{option}: {pattern!r} matches no layer{_close(pattern, layers)}",
+                        at=f"pass {self.name()}",
+                        fix="`surgery inspect` lists the layers of the model, and its groups of channels",
+                    )
 
     @final
     def __call__(self, model: CapturedModel, context: Context) -> tuple[CapturedModel, PassReport]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,12 +66,14 @@ def operate(
     latency_rounds: int = 30,
     registry: Registry | None = None,
     progress: Progress = silent,
+    executor: Executor | None = None,
 ) -> Operation:
     """Apply a recipe to a model and prove the result. The caller's model is not changed.
 
     `example_inputs`: a tensor, a tuple or a dict of the model's arguments, batch in dimension 0. `recipe`: a name, a
     path or a dict. `data`: an iterable of batches without labels, or `surgery.Data`. `out`: the folder for files and
     report; with `resume` its finished steps are taken over. `latency_rounds`: 0 leaves latency unmeasured.
+    `executor`: any `concurrent.futures.Executor`, for work that is independent per layer.
 
     Raises:
         SurgeryError: one of its children, for a wrong recipe, plugin, model, input, data or folder. A broken budget is
@@ -82,7 +85,7 @@ def operate(
     inputs = Inputs.of(model, example_inputs)
     with _folder(out) as folder:
         run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
-        original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress, plugins)
+        original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress, plugins, executor)
         files = _write_files(run, plan, original, result, progress)
         progress("verify", 0, 1)
         verification = _verify(plan, original, result, given, files.get("model.onnx"))
@@ -111,6 +114,7 @@ def _run_steps(
     device: str,
     progress: Progress,
     registry: Registry,
+    executor: Executor | None,
 ) -> tuple[CapturedModel, CapturedModel, list[PassReport]]:
     names = ["capture", *(step.name() for step in plan.steps)]
     reports = run.finished(names)
@@ -122,7 +126,7 @@ def _run_steps(
     current = original if len(reports) == 1 else run.state(len(reports) - 1, names[len(reports) - 1])
     for index in range(len(reports), len(names)):
         progress(names[index], index, len(names))
-        context = Context(original, data, plan.recipe.seed + index, device, progress, registry)
+        context = Context(original, data, plan.recipe.seed + index, device, progress, registry, executor)
         current, report = plan.steps[index - 1](current, context)
         run.keep(index, names[index], current, report)
         reports.append(report)

@@ -118,7 +118,6 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 def proof(verification: Mapping[str, Any], has_budget: bool = False) -> Table:
     """`Verification.to_dict()` as a table."""
-    held = "parity and budget" if has_budget else "parity; no budget bounds the fidelity"
     rows = [(f"fidelity: {key}", _show(value)) for key, value in verification["fidelity"].items() if value is not None]
     for run in [*verification["parity"], *verification["devices"]]:
         verdict = "holds" if run["passed"] else "BROKEN"
@@ -126,8 +125,19 @@ def proof(verification: Mapping[str, Any], has_budget: bool = False) -> Table:
             (f"parity: {run['runtime']}", f"off by {_show(run['relative_error'])} of {_show(run['bound'])}, {verdict}")
         )
     rows += [("shortfall", text) for text in verification["shortfalls"]]
-    rows.append(("verdict", f"{'passed' if verification['passed'] else 'NOT passed'} ({held})"))
+    rows.append(("verdict", _verdict(verification, has_budget)))
     return Table("Proof", ("question", "answer"), tuple(rows))
+
+
+def _verdict(verification: Mapping[str, Any], has_budget: bool) -> str:
+    broken = verification["broken"]
+    compared = verification["parity"] or verification["devices"]
+    answers = ["parity BROKEN" if "parity" in broken else "parity holds" if compared else "parity not measured"]
+    if has_budget:
+        answers.append("budget BROKEN" if "fidelity" in broken else "budget holds")
+    else:
+        answers.append("fidelity BROKEN" if "fidelity" in broken else "no budget bounds the fidelity")
+    return f"{'passed' if verification['passed'] else 'NOT passed'} ({', '.join(answers)})"
 
 
 def _numbers(numbers: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a graph gives what its model gives, on the example and on other numbers in another batch size."""
+"""Whether a graph gives what its model gives, on other numbers than the example's and in another batch size."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ def _call(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[str]]:
 def _replaced(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
     now = tensors(model)
     return [name for name, tensor in before.items() if now.get(name) is not tensor]
+
+
+def another_sample(model: nn.Module, inputs: Inputs) -> Known | None:
+    """One sample of other numbers with the model's outputs; None where the example has more than one, or the model
+    does not take it."""
+    return next(iter(on_other_numbers(model, inputs)), None) if inputs.batch_size == 1 else None
 
 
 def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, str]:

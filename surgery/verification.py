@@ -43,11 +43,18 @@ class Verification:
     def passed(self) -> bool:
         return not self.shortfalls
 
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Which of the two questions fail: "fidelity", "parity"."""
+        failed = sum(not run.passed for run in (*self.parity, *self.devices))
+        return ("fidelity",) * (len(self.shortfalls) > failed) + ("parity",) * bool(failed)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; infinities become the strings "inf" and "-inf"."""
         plain: dict[str, Any] = _jsonable(
             {
                 "passed": self.passed,
+                "broken": list(self.broken),
                 "fidelity": asdict(self.fidelity),
                 "parity": [asdict(run) | {"passed": run.passed} for run in self.parity],
                 "devices": [asdict(run) | {"passed": run.passed} for run in self.devices],

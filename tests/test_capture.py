@@ -404,23 +404,25 @@ def test_a_fixed_batch_is_captured_and_said():
     assert captured.notes[0].startswith("batch size fixed at 4: ")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     "function",
     [
         lambda x: x * torch.tensor(x.tolist()).sum(),
         lambda x: x + torch.zeros(len(x), 1),
+        lambda x: x / len(x),
         lambda x: x.view(2, 3, 1) if x.shape[0] == 2 else x.sum(),
     ],
-    ids=["list", "len", "other_path"],
+    ids=["list", "len", "divided", "other_path"],
 )
-def test_what_holds_for_one_batch_size_alone_fixes_the_batch(function):
+def test_what_holds_for_one_batch_size_alone_fixes_the_batch(function, batch):
     class Model(nn.Module):
         def forward(self, x):
             return function(x)
 
-    captured = assert_captured(Model(), torch.randn(2, 3), trains=False)
+    captured = assert_captured(Model(), torch.randn(batch, 3), trains=False)
     assert not captured.dynamic_batch
-    assert captured.notes[0].startswith("batch size fixed at 2: ")
+    assert captured.notes[0].startswith(f"batch size fixed at {batch}: ")
 
 
 def test_an_input_without_batch():

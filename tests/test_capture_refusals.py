@@ -59,12 +59,13 @@ def test_a_number_taken_from_a_tensor_is_a_decision_too():
     assert "test_capture_refusals.py:" in error.at
 
 
-def test_a_value_kept_from_the_first_call_is_refused():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_value_kept_from_the_first_call_is_refused(batch):
     def first_value_ever(model, x):
         model.first = getattr(model, "first", None) or float(x.detach().numpy().max())
         return x * model.first
 
-    error = refused(Function(first_value_ever), torch.randn(2, 3), "the graph deviates from the model")
+    error = refused(Function(first_value_ever), torch.randn(batch, 3), "the graph deviates from the model")
     assert ".numpy()" in error.fix
 
 
@@ -92,9 +93,10 @@ def test_torchscript_is_refused():
     assert "Python model" in error.fix
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[:, 0].zero_(), lambda x: F.relu(x, inplace=True)])
-def test_a_write_to_an_input_is_refused(write):
-    error = refused(OnInput(lambda model, x: write(x) * 1), torch.randn(2, 3), "writes to input x")
+def test_a_write_to_an_input_is_refused(write, batch):
+    error = refused(OnInput(lambda model, x: write(x) * 1), torch.randn(batch, 3), "writes to input x")
     assert "clone" in error.fix
 
 
@@ -108,11 +110,13 @@ def count_anew(model, x):
     return x * 2
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("function", [count_in_place, count_anew])
-def test_a_buffer_updated_in_the_forward_is_refused(function):
-    assert "calls" in refused(Function(function), torch.randn(2, 3), "calls").problem
+def test_a_buffer_updated_in_the_forward_is_refused(function, batch):
+    assert "calls" in refused(Function(function), torch.randn(batch, 3), "calls").problem
 
 
+@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     "function",
     [
@@ -123,8 +127,8 @@ def test_a_buffer_updated_in_the_forward_is_refused(function):
     ],
     ids=["noise", "dropout_in_eval", "samples", "python_random"],
 )
-def test_a_random_forward_is_refused(function):
-    error = refused(Function(function), torch.randn(4, 3), "two calls of the model in eval mode .* differ")
+def test_a_random_forward_is_refused(function, batch):
+    error = refused(Function(function), torch.randn(batch, 3), "two calls of the model in eval mode .* differ")
     assert "deterministic" in error.fix
 
 

@@ -203,7 +203,8 @@ def test_random_depth_and_attention_dropout_are_said():
     assert [note.split(":")[0] for note in notes] == ["depth", "attention"]
 
 
-def test_what_a_first_call_builds_is_captured_as_it_is_trained():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_a_first_call_builds_is_captured_as_it_is_trained(batch):
     class Cached(nn.Module):
         """As in EfficientFormer: in eval mode the indexed biases are looked up once and kept until `train()`."""
 
@@ -223,14 +224,15 @@ def test_what_a_first_call_builds_is_captured_as_it_is_trained():
                 self.cache["bias"] = self.biases[self.positions]
             return x + self.cache["bias"]
 
-    model, x = Cached().eval(), torch.randn(2, 3)
+    model, x = Cached().eval(), torch.randn(batch, 3)
     model(x)
     captured = assert_captured(model, x, trains=False)
     assert_trains_alike(captured, model.train(), torch.randn(4, 3))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("begin", [None, torch.zeros(1)])
-def test_a_buffer_built_on_the_first_call_is_captured(begin):
+def test_a_buffer_built_on_the_first_call_is_captured(begin, batch):
     class Lazy(nn.Module):
         """As in ConViT, whose relative positions are worked out for the first input."""
 
@@ -244,7 +246,7 @@ def test_a_buffer_built_on_the_first_call_is_captured(begin):
                 self.table = torch.arange(float(x.shape[1]))
             return self.linear(x) + self.table
 
-    model, x = Lazy(), torch.randn(2, 3)
+    model, x = Lazy(), torch.randn(batch, 3)
     captured = capture(model, x)
     assert model.table is begin
     assert captured.dynamic_batch

@@ -147,6 +147,16 @@ def test_removing_everything_leaves_one_unit_in_every_dimension(network: Network
     )
 
 
+def test_the_unit_that_is_spared_is_the_most_important():
+    found = channels(NETWORKS["slices"])
+    marks = [torch.ones(group.size, dtype=torch.bool) for group in found.groups]
+    importance = [torch.tensor([3, 9, 4, 1, 5, 2, 8, 6, 7.0]), torch.tensor([0.5, -1, 2.5])]
+    early, value, gate = 1, 6, 2
+    left = [torch.nonzero(~own).flatten().tolist() for own in found.spared(marks, importance)]
+    assert left == [[early, value], [gate]]
+    assert [torch.nonzero(~own).flatten().tolist() for own in found.spared(marks)] == [[0, 4], [0]]
+
+
 def test_resnet_18_at_half_of_every_group_has_the_parameters_of_one_of_half_the_width():
     model = capture(resnet18(), torch.randn(2, 3, 32, 32))
     assert sum(p.numel() for p in model.parameters()) == 11_689_512

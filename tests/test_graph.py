@@ -11,6 +11,7 @@ from surgery import RecipeError
 from surgery.captured import capture
 from surgery.graph import (
     Layer,
+    Operator,
     bypass,
     layers,
     leaf_inputs,
@@ -238,3 +239,25 @@ def test_shapes_are_noted_anew_for_other_inputs():
 def test_tensors_hold_every_name_of_a_shared_one():
     named = tensors(NETWORKS["tied_weights"].captured())
     assert named["decode.weight"] is named["embed.weight"]
+
+
+def test_operators_among_the_parts_are_calls_with_their_parameters_below_the_layers_name():
+    model, x = NETWORKS["plain_cnn"].captured(), torch.randn(2, 3, 8, 8)
+    old = layer(model, "2.0")
+    expected, bias = model(x), old.module.bias
+    halves = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+    halves.weight = old.module.weight
+    add = Operator(torch.ops.aten.add.Tensor, parameter=nn.Parameter(bias.detach().view(12, 1, 1)))
+    turned = Operator(torch.ops.aten.flatten.using_ints, (-2, -1)), Operator(torch.ops.aten.unflatten.int, (-1, (4, 4)))
+    replace_layer(model, old, {"bare": halves, "bias": add, "flat": turned[0], "square": turned[1]})
+    model.recompile()
+    model.graph.lint()
+    torch.testing.assert_close(model(x), expected)
+    assert "2.0.bias" in model.state_dict()
+    assert not any(isinstance(module, Operator) for module in model.modules())
+
+
+def test_an_operator_is_a_module_that_does_the_same():
+    add = Operator(torch.ops.aten.add.Tensor, (), nn.Parameter(torch.ones(3)))
+    assert torch.equal(add(torch.zeros(2, 3)), torch.ones(2, 3))
+    assert len(list(add.parameters())) == 1

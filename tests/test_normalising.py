@@ -40,9 +40,10 @@ def test_the_program_is_the_one_without_the_operator(layout, monkeypatch):
 
 
 def calls(program):
-    """Name, operator, and the strides of the result of every call."""
+    """Name, operator, arguments, and the strides of the result of every call."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    return [(n.name, n.target, str(n.meta["val"].stride())) for n in nodes if isinstance(n.meta["val"], torch.Tensor)]
+    strides = {n: str(n.meta["val"].stride()) for n in nodes if isinstance(n.meta["val"], torch.Tensor)}
+    return [(n.name, n.target, str(n.args), str(n.kwargs), strides[n]) for n in strides]
 
 
 def test_the_model_is_as_before_also_after_a_failure():

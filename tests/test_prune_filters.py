@@ -296,6 +296,27 @@ def test_patterns_are_held_against_the_model_before_the_first_step():
         assert model.get_submodule("squeeze").out_channels == 1
 
 
+def test_of_a_dimension_that_would_be_empty_the_highest_score_stays():
+    importance = torch.tensor([10, 11, 12, 13, 0, 0, 0, 1, 3, 5, 4, 2.0])
+
+    def scores(found):
+        members = [group.of("output")[0] for group in found.groups]
+        return [importance[member.positions][member.units.argsort()] for member in members]
+
+    weight = captured("slices").get_submodule("stem.0").weight
+    for overrides in ({}, {"stem.0": 0.6}):
+        options = {"criterion": "given", "ratio": 0.6, "select": ("stem.0",), "overrides": overrides}
+        model, _ = pruned("slices", registry=registry_of(scores), **options)
+        left = model.get_submodule("stem.0").weight
+        assert [any(torch.equal(own, kept) for kept in left) for own in weight[7:]] == [
+            False,
+            False,
+            True,
+            False,
+            False,
+        ]
+
+
 def test_every_step_judges_what_is_left_anew():
     seen = []
 
@@ -495,7 +516,7 @@ def test_a_budget_out_of_reach_says_how_far_it_goes_and_what_limits_it(options, 
     [
         ({"select": ("nothing.*",)}, r"select: 'nothing.\*' matches no layer"),
         ({"exclude": ("frist.0",)}, "exclude: 'frist.0' matches no layer.*did you mean first.0"),
-        ({"overrides": {"third": 0.5}}, "overrides: 'third' matches no layer with channels"),
+        ({"overrides": {"frist.0.0": 0.5}}, "overrides: 'frist.0.0' matches no layer.*did you mean first.0.0"),
         ({"criterion": "l3"}, "unknown criterion 'l3'.*did you mean l[12] or l[12]"),
     ],
 )

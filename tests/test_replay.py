@@ -144,6 +144,21 @@ def test_an_example_of_many_samples_is_compared_with_a_batch_of_two():
     assert sizes == {2, 16}
 
 
+def test_an_example_of_one_sample_is_compared_with_one_other_sample():
+    seen = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            if type(x) is torch.Tensor:
+                seen.append(x)
+            return x + 1
+
+    captured = capture(Noting(), x := torch.randn(1, 5))
+    assert captured.dynamic_batch
+    assert [tuple(other.shape) for other in seen] == [(1, 5)]
+    assert not bool((seen[0] == x).any())
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_cycle_collector_gets_back_its_state(enabled):
     (gc.enable if enabled else gc.disable)()

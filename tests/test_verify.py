@@ -24,6 +24,7 @@ from surgery.export.runtime import runtime_session
 from surgery.fidelity import fidelity
 from surgery.parity import BOUNDS, parity
 from surgery.recipe import Budget
+from surgery.report import proof
 from surgery.verification import verify
 
 BOUND = BOUNDS[torch.float32]
@@ -206,11 +207,31 @@ def test_a_budget_that_is_missed_is_said(net: nn.Module, file: Path) -> None:
     assert not result.passed
     assert [line.split()[0] for line in result.shortfalls] == ["accuracy", "top-1", "the", "CPUExecutionProvider"]
     assert "not measured" in result.shortfalls[0]
+    assert result.broken == ("fidelity", "parity")
+
+
+@pytest.mark.parametrize(
+    ("budget", "changed", "verdict"),
+    [
+        (Budget(sqnr_db=20), False, "passed (parity holds, budget holds)"),
+        (Budget(sqnr_db=20), True, "NOT passed (parity holds, budget BROKEN)"),
+        (Budget(sqnr_db=20, parity=1e-12), False, "NOT passed (parity BROKEN, budget holds)"),
+        (Budget(sqnr_db=20, parity=1e-12), True, "NOT passed (parity BROKEN, budget BROKEN)"),
+        (None, True, "passed (parity holds, no budget bounds the fidelity)"),
+    ],
+)
+def test_the_verdict_names_what_broke(net: nn.Module, budget: Budget | None, changed: bool, verdict: str) -> None:
+    candidate = copy.deepcopy(net)
+    if changed:
+        candidate.head.weight.data *= -1
+    result = verify(net, candidate, batches(), budget=budget)
+    assert proof(result.to_dict(), budget is not None).rows[-1] == ("verdict", verdict)
 
 
 def test_an_onnx_file_as_candidate_has_fidelity_alone(net: nn.Module, file: Path) -> None:
     result = verify(net, file, batches())
     assert result.parity == ()
+    assert "parity not measured" in proof(result.to_dict()).rows[-1][1]
     assert result.fidelity.relative_error < BOUND
     assert fidelity(runtime_session(file), runtime_session(file), batches()).max_error == 0
 

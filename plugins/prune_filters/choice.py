@@ -93,6 +93,15 @@ def forced(shares: Tensor, ratio: float) -> Tensor:
     return torch.where(shares <= ratio + 1e-9, -math.inf, NEVER)
 
 
+def ranks_of(keys: Sequence[Tensor], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Per group (size,) place of each unit in the order over all groups: by key, by score where keys are equal."""
+    order = torch.argsort(torch.cat([torch.empty(0, dtype=torch.float64), *(s.double() for s in scores)]), stable=True)
+    order = order[torch.argsort(torch.cat([torch.empty(0, dtype=torch.float64), *keys])[order], stable=True)]
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    return list(ranks.split([len(key) for key in keys]))
+
+
 def savings(found: Channels, budget: Budget) -> list[float]:
     """Per group how much of the budget's measure one unit takes with it."""
     none = [torch.zeros(group.size, dtype=torch.bool) for group in found.groups]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery import Channels, Context, Criterion, Group, Layer, ModelError, PassError, PluginError, RecipeError
+from surgery import Channels, Context, Criterion, Group, Layer, ModelError, PassError, PluginError
 
 from . import BUDGETS, DEFAULT_RATIO
 from .choice import (
@@ -25,6 +25,7 @@ from .choice import (
     keys_by_score,
     keys_by_share,
     marks_at,
+    ranks_of,
     savings,
 )
 
@@ -104,14 +105,17 @@ class Choice:
         if not self.found.groups and self.start.is_now(self.found):
             raise self._nothing()
         budget = self._budget()
-        keys = self._keys(self._scores(), budget)
+        scores = self._scores()
+        keys = self._keys(scores, budget)
+        ranks = ranks_of(keys, scores)
         if budget is not None:
-            return self._within(budget, keys)
+            return self._within(budget, keys, ranks)
         ratio = self.part * (DEFAULT_RATIO if self.options.ratio is None else self.options.ratio)
         if not self._is_global(budget):
-            return self.found.spared(marks_at(keys, ratio))
+            return self.found.spared(marks_at(keys, ratio), ranks)
         gone = sum(self._gone)
-        return self.found.spared(first_units(keys, int(ratio * (sum(map(len, keys)) + gone) - gone + 1e-9)))
+        count = int(ratio * (sum(map(len, keys)) + gone) - gone + 1e-9)
+        return self.found.spared(first_units(keys, count), ranks)
 
     def why_left(self, lost: Sequence[int]) -> list[tuple[str, str]]:
         """Groups that lose nothing, by the layer that they begin at, and why; `lost`: units that go, per group."""
@@ -129,12 +133,12 @@ class Choice:
             found.append((group.name, f"all {group.size} units stay: {why}"))
         return found
 
-    def _within(self, budget: Budget, keys: Sequence[Tensor]) -> list[Tensor]:
+    def _within(self, budget: Budget, keys: Sequence[Tensor], ranks: Sequence[Tensor]) -> list[Tensor]:
         """Marks that meet the budget once units are spared."""
         aim, left = budget, 0.0
         for _ in range(ATTEMPTS):
             marks, reached = cut_for(self.found, keys, aim)
-            marks = self.found.spared(marks)
+            marks = self.found.spared(marks, ranks)
             left = budget.measure(self.found.alive(marks)) / budget.whole
             if left <= budget.target * (1 + TOLERANCE):
                 return marks
@@ -153,7 +157,7 @@ class Choice:
         owners = {side.layer: layers[side.node] for side in self.found.outputs if side.node in layers}
         known = list(owners.values() if self.start.is_now(self.found) else layers.values())  # a single one has no axis
         chosen = {layer.name for layer in self.options.selected(known)}
-        self._check_overrides(known)
+        self.options.check_patterns(known, "overrides")
         return [
             self._ratio([owners[m.layer] for m in g.of("output") if m.layer in owners], chosen)
             for g in self.found.groups
@@ -168,15 +172,6 @@ class Choice:
             if any(surgery.matches(layer, pattern) for layer in layers)
         )
         return next(given, None)
-
-    def _check_overrides(self, known: Sequence[Layer]) -> None:
-        for pattern in self.options.overrides:
-            if not any(surgery.matches(layer, pattern) for layer in known):
-                raise RecipeError(
-                    f"overrides: {pattern!r} matches no layer with channels",
-                    at=self._place,
-                    fix="`surgery inspect` lists the groups of channels",
-                )
 
     def _scores(self) -> list[Tensor]:
         name, groups = self.criterion.name(), self.found.groups

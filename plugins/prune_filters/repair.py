@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import surgery
-from surgery import Affine, CapturedModel, Context, Task
+from surgery import CapturedModel, Context
 
 RIDGE = 1e-4
 """Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
-ROUNDS = 2
-"""Of the fit through a ReLU."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,5 @@ def reconstruct(
     repaired = []
     for number, task in enumerate(context.calibration.sweep(model, steps, before)):
         context.progress("reconstruct", number, len(steps))
-        repaired.append(_solve(task, maps[task.layer.name]))
+        repaired.append(Repaired(task.layer.name, *maps[task.layer.name].solve(task, RIDGE)))
     return repaired
-
-
-def _solve(task: Task, affine: Affine) -> Repaired:
-    regression = task.regression
-    present = affine.scaled(task.matrix)
-    matrix = regression.solve(present, RIDGE)
-    error = regression.error(matrix, regression.bias(matrix))
-    current = regression
-    for _ in range(ROUNDS if task.step.rectified else 0):
-        current = task.rectified(matrix, current.bias(matrix))
-        matrix = current.solve(present, RIDGE)
-    affine.put(task, matrix, current.bias(matrix), regression)
-    return Repaired(task.layer.name, regression.error(present, regression.bias(present)), error)

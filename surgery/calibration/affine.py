@@ -18,9 +18,14 @@ from ..graph import Layer, layers, shape, sharing
 from .compare import Aim
 from .moments import Regression
 from .sweep import Step, Task
+from .unfolding import weight_from_matrix
 
 aten = torch.ops.aten
 ALL: Mapping[int, Tensor] = MappingProxyType({})
+
+
+RECTIFIED_ROUNDS = 2
+"""Of the fit through a ReLU."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,35 @@ class Affine:
     def scaled(self, matrix: Tensor) -> Tensor:
         """W' (groups, outputs, features) of the layer's W."""
         if self.norm is None:
-            return matrix.double()
+            return matrix.detach().double()
         norm: Any = self.norm.module
         scale: Tensor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        return matrix.double() * scale.view(len(matrix), -1, 1)
+        return matrix.detach().double() * scale.view(len(matrix), -1, 1)
 
-    def put(self, task: Task, matrix: Tensor, bias: Tensor, regression: Regression) -> None:
+    def solve(self, task: Task, ridge: float | None = None) -> tuple[float, float]:
+        """Give the layer new weights, from its present inputs towards what it should give; where a ReLU follows, go on
+        from the linear fit. The error of its output before and after the linear fit (1 = no better than the mean).
+
+        `ridge`: strength of the pull to the present weights, see `Regression.solve`.
+        """
+        regression = task.regression
+        present = self.scaled(task.matrix)
+        matrix = regression.solve(present, ridge)
+        error = regression.error(matrix, regression.bias(matrix))
+        current = regression
+        for _ in range(RECTIFIED_ROUNDS if task.step.rectified else 0):
+            current = task.rectified(matrix, current.bias(matrix))
+            matrix = current.solve(present, ridge)
+        self.put(matrix, current.bias(matrix), regression)
+        return regression.error(present, regression.bias(present)), error
+
+    def put(self, matrix: Tensor, bias: Tensor, regression: Regression) -> None:
         """Make the map W' x + b', W' (groups, outputs, features), b' (groups, outputs).
 
         A BatchNorm gets the statistics of its new input and undoes them, so that it stays one that can be trained on.
         """
         module: Any = self.layer.module
-        module.weight = _like(module.weight, task.weight(matrix))
+        module.weight = _like(module.weight, weight_from_matrix(module, matrix))
         flat = bias.reshape(-1)
         if self.norm is None:
             module.bias = _like(module.bias if module.bias is not None else module.weight, flat)

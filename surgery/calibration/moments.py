@@ -11,10 +11,15 @@ float64 on the CPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+RIDGE = 1e-4
+"""λ of `Regression.solve`, in parts of the mean variance of the features."""
+SCARCITY = 1e-2
+"""Least such λ times rows per feature."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,24 @@ class Regression:
         mean, c, f = joint.mean, joint.full_covariance, features
         return cls(joint.count, mean[:, :f], mean[:, f:], c[:, :f, :f], c[:, f:, :f], joint.variance[:, f:])
 
-    def solve(self, towards: Tensor, ridge: float = 1e-4) -> Tensor:
+    def through(self, matrix: Tensor) -> Regression:
+        """The same targets from z = M x, M (features', features) and one group."""
+        m = matrix.double().unsqueeze(0)
+        return replace(self, x_mean=_times(m, self.x_mean), xx=m @ self.xx @ m.mT, yx=self.yx @ m.mT)
+
+    def solve(self, towards: Tensor, ridge: float | None = None) -> Tensor:
         """W (groups, outputs, features) with the least E‖y - W x - b‖² + λ‖W - `towards`‖² for the best b.
 
         λ is `ridge` > 0 times the mean variance of the features, so that directions which the data does not show keep
-        the weight they have.
+        the weight they have. None: `RIDGE`, more where there are few rows for the features, so that they are not
+        fitted by heart.
         """
         start = towards.detach().double().cpu()
         rest = self.yx - start @ self.xx
         if not bool(rest.any()):
             return start
+        if ridge is None:
+            ridge = max(RIDGE, SCARCITY * self.xx.shape[1] / self.count)
         damping = ridge * self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-100)
         damped = self.xx + torch.diag_embed(damping.unsqueeze(1).expand(-1, self.xx.shape[1]))
         change: Tensor = torch.linalg.solve(damped, rest, left=False)

@@ -95,12 +95,17 @@ class Channels:
         found: Tensor = get_attribute(self.model, member.slot.tensor)
         return found
 
-    def spared(self, removed: Sequence[Tensor]) -> list[Tensor]:
-        """The same marks, less one unit for every dimension of the graph's tensors that would be left with nothing."""
+    def spared(self, removed: Sequence[Tensor], importance: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The same marks, less one unit for every dimension of the graph's tensors that would be left with nothing.
+
+        `importance`: (size,) per group; the unit that is spared has the highest. The first one where it says nothing.
+        """
         dead = torch.cat([torch.empty(0, dtype=torch.bool), *removed])
         nothing = torch.empty(0, dtype=torch.long)
         places = torch.cat([nothing, *(group.units for group in self.groups)])
         along = torch.cat([nothing, *self._axes])
+        worth = torch.zeros(self.units.count, dtype=torch.float64)
+        worth[places] = torch.cat([worth[:0], *importance]).double() if importance else 0.0
         while True:
             alive = self.alive(dead.split([group.size for group in self.groups]))
             counts = torch.zeros(len(self._axes), dtype=torch.long)
@@ -109,7 +114,9 @@ class Channels:
             if not empty:
                 return list(dead.split([group.size for group in self.groups]))
             for axis in empty:
-                dead[places == self.units.of_position[self._axes[axis][0]]] = False
+                units = self.units.of_position[self._axes[axis]]
+                best = units[worth[units] == worth[units].max()][0]
+                dead[places == best] = False
 
     @cached_property
     def _axes(self) -> list[Tensor]:

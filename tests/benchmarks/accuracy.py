@@ -2,6 +2,7 @@
 
     make prune-accuracy                                        ResNet-20 and ResNet-56 at 1.5, 2 and 3 times fewer MACs
     make prune-accuracy ACCURACY="--depth 20 --criteria l2 reconstruction --table table.md --plot plot.png"
+    make prune-accuracy ACCURACY="--depth 56 --rival"          beside Torch-Pruning, half of the channels within blocks
 
 1,024 of the lossless training images calibrate, without labels; criteria that need labels get those of the same images,
 `oracle`, which masks every unit in turn, those of 128. Accuracy is top-1 on the 846 lossless test images. Rows are
@@ -11,10 +12,12 @@ appended to `--rows` as they come, and those that stand there already are not ru
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -22,8 +25,10 @@ from typing import Any, ClassVar
 import torch
 from surgery_plugins.prune_filters import PruneFilters
 from torch import Tensor
+from torch_pruning_worker import VERSION
+from torch_pruning_worker import prune as prune_with_rival
 
-from surgery import Channels, Context, Criterion, Data, capture, measure
+from surgery import CapturedModel, Channels, Context, Criterion, Data, capture, measure
 from surgery.registry import Registry
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -72,7 +77,8 @@ class Bench:
         self.depth, self.test = depth, networks.normalise(test)
         self.batches = list(networks.normalise(train[chosen]).split(128))
         self.targets = list(labels[chosen].split(128))
-        self.model = capture(networks.resnet(depth, f"resnet{depth}_original"), self.test[:2])
+        self.network = networks.resnet(depth, f"resnet{depth}_original")
+        self.model = capture(self.network, self.test[:2])
         self.macs = measure(self.model, self.model.inputs).macs
         self.registry, Judging.known = Registry.load(), {}
 
@@ -86,14 +92,33 @@ class Bench:
             guesses: Tensor = torch.cat([model(part).argmax(1) for part in self.test.split(256)])
         return 100 * float((guesses == self.labels).float().mean())
 
-    def run(self, criterion: str, share: float, reconstruct: bool, scope: str | None) -> dict[str, Any]:
-        step = PruneFilters(macs=share, criterion=criterion, reconstruct=reconstruct, scope=scope)
+    def run(self, step: PruneFilters) -> dict[str, Any]:
         start = time.perf_counter()
-        model, _ = step(self.model, self.context(criterion))
+        model, _ = step(self.model, self.context(step.criterion or "reconstruction"))
         seconds = time.perf_counter() - start
+        return self.judged(model) | {"seconds": seconds}
+
+    def judged(self, model: CapturedModel) -> dict[str, Any]:
         after = measure(model, model.inputs)
-        fewer = self.macs / after.macs
-        return {"fewer": fewer, "parameters": after.parameters, "accuracy": self.accuracy(model), "seconds": seconds}
+        return {
+            "fewer": self.macs / after.macs,
+            "parameters": after.parameters,
+            "accuracy": self.accuracy(model),
+        }
+
+    def beside_rival(self) -> Iterator[dict[str, Any]]:
+        """Torch-Pruning's half of the channels within blocks; the same MACs by this library, there and anywhere."""
+        network = copy.deepcopy(self.network)
+        convolutions = [(n, m) for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d)]
+        others = [module for name, module in convolutions if not name.endswith(".conv1")]
+        start = time.perf_counter()
+        prune_with_rival(network, (self.test[:1],), others)
+        seconds = time.perf_counter() - start
+        first = self.judged(capture(network, self.test[:2])) | {"seconds": seconds}
+        yield {"contestant": f"Torch-Pruning {VERSION}, L1, within blocks"} | first
+        plain = PruneFilters(macs=1 / first["fewer"], criterion="l1", reconstruct=False, select=("*.conv1",))
+        yield {"contestant": "`criterion: l1`, `reconstruct: false`, within blocks"} | self.run(plain)
+        yield {"contestant": "defaults"} | self.run(PruneFilters(macs=1 / first["fewer"]))
 
 
 def main() -> None:
@@ -102,13 +127,17 @@ def main() -> None:
     for depth in options.depth:
         bench = Bench(options.shared, depth)
         note(options.rows, done, {"depth": depth, "criterion": "none", "accuracy": bench.accuracy(bench.model)})
+        if options.rival:
+            for row in bench.beside_rival():
+                note(options.rows, done, {"depth": depth} | row)
+            continue
         for name in options.shares:
             for criterion in options.criteria:
                 for reconstruct in (True, False):
                     row = {"depth": depth, "share": name, "criterion": criterion, "reconstruct": reconstruct}
                     if not any(row.items() <= known.items() for known in done):
-                        row |= bench.run(criterion, SHARES[name], reconstruct, options.scope)
-                        note(options.rows, done, row)
+                        chosen = {"criterion": criterion, "reconstruct": reconstruct, "scope": options.scope}
+                        note(options.rows, done, row | bench.run(PruneFilters(macs=SHARES[name], **chosen)))
     if options.table:
         options.table.write_text(table(done))
     if options.plot:
@@ -146,12 +175,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     depths, colours = sorted({r["depth"] for r in rows}), pyplot.get_cmap("tab20")
+    criteria = list(dict.fromkeys(r["criterion"] for r in rows if "share" in r))
     figure, axes = pyplot.subplots(1, len(depths), figsize=(6 * len(depths), 4.5), squeeze=False)
     for axis, depth in zip(axes[0], depths, strict=True):
-        whole = next(r["accuracy"] for r in rows if r["depth"] == depth and r["criterion"] == "none")
+        whole = next(r["accuracy"] for r in rows if r["depth"] == depth and r.get("criterion") == "none")
         axis.axhline(whole, color="grey", linewidth=0.8)
         own = [r for r in rows if r["depth"] == depth and "share" in r]
-        for index, criterion in enumerate(dict.fromkeys(r["criterion"] for r in own)):
+        for index, criterion in enumerate(criteria):
             for reconstruct, style in ((True, "-o"), (False, "--x")):
                 line = sorted(
                     (1 / r["fewer"], r["accuracy"])
@@ -159,9 +189,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     if (r["criterion"], r["reconstruct"]) == (criterion, reconstruct)
                 )
                 label = criterion if reconstruct else None
-                axis.plot(*zip(*line, strict=True), style, color=colours(index), markersize=4, label=label)
+                axis.plot(
+                    [x for x, _ in line], [y for _, y in line], style, color=colours(index), markersize=4, label=label
+                )
         axis.set(title=f"ResNet-{depth}, CIFAR-10", xlabel="share of the MACs that is left", ylabel="top-1, %")
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -171,6 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, nargs="*", default=[20, 56])
     parser.add_argument("--criteria", nargs="*", default=CRITERIA)
     parser.add_argument("--shares", nargs="*", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--rival", action="store_true", help="compare with Torch-Pruning, and nothing else")
     parser.add_argument("--scope", choices=("group", "global"), help="default: the pass's own")
     parser.add_argument("--rows", type=Path, default=Path("runs/accuracy.jsonl"), help="results, one JSON a line")
     parser.add_argument("--table", type=Path, help="markdown table of everything in --rows")

@@ -5,8 +5,9 @@
     make prune-speed SPEED="ladder --plot speed.png"
     make prune-speed SPEED="memory"
 
-`models`: medians of rounds in which every contestant has its turn: torch.export alone; capture; analysis, choice and
-removal on a snapshot, the snapshot included; Torch-Pruning's dependency graph and pruning of a copy, the copy excluded.
+`models`: medians of rounds in which every contestant has its turn: torch.export alone; capture; one run of the model on
+one sample, the least that capture needs beside export; analysis, choice and removal on a snapshot, the snapshot
+included; Torch-Pruning's dependency graph and pruning of a copy, the copy excluded.
 `ladder`: `find_channels` with its groups, and removal of half of each, on two families of networks of growing depth.
 `memory`: seconds and highest resident memory of analysis, choice and removal on a model of 630 M parameters.
 Each model has a process of its own with one thread; seconds are the processor's, so that other work does not count.
@@ -46,7 +47,7 @@ MODELS += ["densenet121", "densenet169", "densenet201", "vgg16_bn"]
 LARGE = "torchvision/vit_h_14"
 DEPTHS = {"ResNet": (1, 2, 4, 8, 16, 32, 64, 96), "DenseNet": (2, 4, 8, 16, 32, 64, 96)}
 """Blocks per stage, four stages."""
-TURN = "{:28} {:>6} {:>8} {:>8} {:>8} {:>9}  {:>15} {:>12}"
+TURN = "{:16} {:>6} {:>8} {:>8} {:>8} {:>8} {:>9}  {:>15} {:>14} {:>14}"
 RUNG = "{:9} {:>5} {:>6} {:>9} {:>9} {:>9} {:>9} {:>8}"
 
 
@@ -56,6 +57,7 @@ class Seconds:
 
     export: float
     capture: float
+    run: float
     ours: float
     rival: float
 
@@ -70,6 +72,7 @@ def race(tool: ModuleType, name: str, rounds: int) -> tuple[Seconds, int]:
         contestants: Sequence[Callable[[], object]] = (
             lambda: plain_export(model, inputs),
             lambda: capture(model, inputs),
+            lambda: run(model, inputs),
             lambda: prune(captured),
             lambda: prune_with_rival(rival, inputs),  # noqa: B023
         )
@@ -90,6 +93,11 @@ def build(tool: ModuleType, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return randomise(model), inputs
 
 
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        model(*inputs)
+
+
 def prune(captured: CapturedModel) -> CapturedModel:
     model = snapshot(captured)
     PruneFilters(ratio=0.5, criterion="l1").apply(model, Context(captured, registry=REGISTRY))
@@ -97,12 +105,14 @@ def prune(captured: CapturedModel) -> CapturedModel:
 
 
 def models(tool: ModuleType, options: argparse.Namespace) -> None:
-    print(TURN.format("model", "nodes", "export", "capture", "pruning", "rival", "capture/export", "rival/pruning"))
+    ratios = ["capture/export", "one run/export", "rival/pruning"]
+    print(TURN.format("model", "nodes", "export", "capture", "one run", "pruning", "rival", *ratios))
     rows = []
     for name in chosen(tool, [f"torchvision/{name}" for name in options.names or MODELS]):
         seconds, nodes = isolated(race, tool, name, options.rounds)
         times = [f"{getattr(seconds, field.name):.2f}s" for field in fields(seconds)]
-        ratios = [f"{seconds.capture / seconds.export:.2f}", f"{seconds.rival / seconds.ours:.1f}"]
+        ratios = [f"{own / seconds.export:.2f}" for own in (seconds.capture, seconds.run)]
+        ratios.append(f"{seconds.rival / seconds.ours:.1f}")
         rows.append([name.removeprefix("torchvision/"), str(nodes), *times, *ratios])
         print(TURN.format(*rows[-1]), flush=True)
     print(f"medians of {options.rounds} interleaved rounds; rival: Torch-Pruning {VERSION}", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -50,8 +50,8 @@ def examine(build: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], limit: fl
     return result
 
 
-def prune(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Half of every group by the L1 norm, in place."""
+def prune(model: nn.Module, inputs: tuple[Tensor, ...], kept: Sequence[nn.Module] = ()) -> None:
+    """Half of every group by the L1 norm, in place; channels of the output layers and of `kept` stay."""
     import torch_pruning
 
     pruner = torch_pruning.pruner.BasePruner(
@@ -59,7 +59,7 @@ def prune(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         inputs[0] if len(inputs) == 1 else inputs,
         importance=torch_pruning.importance.MagnitudeImportance(p=1),
         pruning_ratio=0.5,
-        ignored_layers=output_layers(model, inputs),
+        ignored_layers=[*output_layers(model, inputs), *kept],
         num_heads=_heads(model),
         round_to=_round_to(model),
     )
