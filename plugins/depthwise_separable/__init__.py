@@ -56,7 +56,9 @@ class DepthwiseSeparable(Pass):
             context.require_calibration(self.name())
         convolutions = [layer for layer in surgery.layers(model) if layer.type.startswith("Conv")]
         chosen, skips = [], []
-        for layer in self.selected(convolutions):
+        for layer in self.selected(surgery.layers(model)):
+            if layer not in convolutions:
+                continue
             why = self._obstacle(model, layer, is_first=layer is convolutions[0])
             if why:
                 skips.append(Skip(layer.name, why))

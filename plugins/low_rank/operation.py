@@ -131,10 +131,11 @@ class Operation:
 
     def _targets(self) -> tuple[list[Target], list[Skip]]:
         """Layers that the method can decompose, and why not the others."""
-        layers = [layer for layer in surgery.layers(self.before) if layer.type.startswith(self.method.types)]
         maps = self._maps(self.before)
         targets, skips = [], []
-        for layer in self.options.selected(layers):
+        for layer in self.options.selected(surgery.layers(self.before)):
+            if not layer.type.startswith(self.method.types):
+                continue
             why = self._degenerate(layer) or self.method.obstacle(layer.module) or surgery.tied(self.before, layer)
             if why:
                 skips.append(Skip(layer.name, why))
