@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .calibration import Step as Step
     from .calibration import Task as Task
     from .calibration import affine_maps as affine_maps
+    from .calibration import conjugate_gradients as conjugate_gradients
     from .calibration import gram_bytes as gram_bytes
     from .calibration import weight_matrix as weight_matrix
     from .captured import CapturedModel as CapturedModel
@@ -84,6 +85,7 @@ _HOME = {
         "Step",
         "Task",
         "affine_maps",
+        "conjugate_gradients",
         "gram_bytes",
         "weight_matrix",
     ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +69,23 @@ def test_a_round_is_that_of_tensorly(shape, damping, iterations):
     start = random_start(tensor, 5, 0)
     expected = theirs(tensor, start, damping, iterations)
     assert float((assembled(als(tensor, start, damping, iterations)) - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_tensorlys_rounds_from_the_same_start_give_the_same_sum(damping):
+    tensor = trained(LAYERS[0], "weight").weight
+    start = random_start(tensor, 12, 0)
+    ours, other = (assembled(als(tensor, start, damping, 5, engine=engine)) for engine in ("own", "tensorly"))
+    assert float((ours - other).norm() / other.norm()) < 1e-6
+    assert tensorly.get_backend() == "numpy"
+
+
+@pytest.mark.parametrize("metric", ["weight", "output"])
+def test_tensorlys_engine_gives_the_same_error(metric):
+    task = trained(LAYERS[0], metric)
+    for rank in (8, 24):
+        ours, other = (task.error(CpSum(engine=e).decompose(task, (rank,)).product) for e in ("own", "tensorly"))
+        assert other == pytest.approx(ours, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -219,6 +239,27 @@ def test_a_sum_that_does_not_converge_is_an_error_with_what_was_reached_and_a_re
     assert "more regularisation" in caught.value.fix
 
 
+def diverging() -> nn.Module:
+    """Two layers, of which `hard` has a weight that no two components come nearest to."""
+    easy, hard = nn.Conv1d(8, 8, 3, padding=1, bias=False), nn.Conv1d(8, 8, 3, padding=1, bias=False)
+    easy.weight = nn.Parameter(assembled(random_start(torch.ones(8, 8, 3, dtype=torch.float64), 2, 0)).float())
+    hard.weight = nn.Parameter(torch.zeros(8, 8, 3))
+    hard.weight.data[:2, :2, :2] = border().float()
+    return nn.Sequential(OrderedDict(easy=easy, hard=hard)).eval()
+
+
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
+@pytest.mark.parametrize("options", [{"metric": "weight"}, {"sequential": False}, {"sequential": True}])
+def test_an_error_names_the_layer_that_it_comes_from(options, pool):
+    data = [torch.randn(32, 8, 20)]
+    before = capture(diverging(), data[0][:2])
+    step = Cp(rank=2, iterations=1000, restarts=0, regularisation=0.0, tolerance=0.0, **options)
+    with pool(1) if pool else nullcontext() as executor, pytest.raises(PassError, match=r"^hard: the decomp") as caught:
+        step(before, Context(before, Data.of(data), executor=executor))
+    assert caught.value.at == "pass cp"
+    assert "more regularisation" in caught.value.fix
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +315,8 @@ def test_components_of_the_layer_are_balanced():
 
 
 @pytest.mark.parametrize(
-    ("step", "network"), contract_cases([Cp(layer_macs=0.9), Cp(rank=2, metric="weight"), Cp(energy=0.5)])
+    ("step", "network"),
+    contract_cases([Cp(layer_macs=0.9), Cp(rank=2, metric="weight", engine="tensorly"), Cp(energy=0.5)]),
 )
 def test_contract(step, network):
     check_pass(step, network)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +72,32 @@ def test_the_recipe_of_the_pruning_page_is_a_recipe():
 
     [text] = code_blocks("docs/pruning.md", "yaml")
     assert resolve(yaml.safe_load(text), Registry.load()).steps[0].macs == 0.5
+
+
+def test_the_recipe_and_the_python_of_the_low_rank_page_run(tmp_path, monkeypatch, capsys):
+    from surgery.recipe import resolve
+
+    [text] = code_blocks("docs/low_rank.md", "yaml")
+    assert [step.name() for step in resolve(yaml.safe_load(text), Registry.load()).steps] == ["tucker", "svd"]
+    [code] = code_blocks("docs/low_rank.md", "python")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec(compile(code, "docs/low_rank.md", "exec"), namespace)
+    operation = namespace["operation"]
+    assert 0.48 < operation.after.macs / operation.before.macs <= 0.505
+    assert "rank_out" in capsys.readouterr().out
+
+
+def test_the_low_rank_page_explains_every_option_of_every_pass():
+    from surgery_plugins.low_rank.options import LowRank
+
+    text = (ROOT / "docs" / "low_rank.md").read_text()
+    passes = [cls for cls in Registry.load().passes.values() if issubclass(cls, LowRank)]
+    assert len(passes) == 6
+    for cls in passes:
+        assert f"| `{cls.name()}` |" in text
+        missing = [f.name for f in fields(cls) if not re.search(rf"`(\w+: {{)?{f.name}\b", text)]
+        assert not missing, cls.name()
 
 
 def test_the_criterion_of_the_docs_chooses_by_bias(monkeypatch):

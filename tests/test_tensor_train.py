@@ -139,6 +139,14 @@ def test_the_report_tells_what_stands_in_the_model(options):
         assert getattr(measure(before, before.inputs), which) - getattr(measure(after, after.inputs), which) == saved
 
 
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_a_budget_on_parameters_never_raises_macs(share):
+    before, after, report = applied(torch.randn(4, 7, 48), parameters=share)
+    assert measure(after, after.inputs).parameters <= share * measure(before, before.inputs).parameters
+    assert report.edits
+    assert all(edit.numbers["macs_after"] <= edit.numbers["macs_before"] for edit in report.edits)
+
+
 def test_data_bring_the_outputs_nearer_and_not_the_weights():
     data = [torch.randn(16, 7, 48).cumsum(-1) for _ in range(3)]
     lost = {}

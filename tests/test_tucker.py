@@ -124,6 +124,25 @@ def test_ranks_that_the_core_cannot_use_are_no_choice() -> None:
     )
 
 
+@pytest.mark.parametrize("metric", ["weight", "output"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_tensorlys_engine_gives_the_same_error(layer: str, metric: str) -> None:
+    task = trained(layer, metric)
+    for ranks in [(4, 4), (8, 6), (12, 12)]:
+        ours, other = (task.error(Tucker2(engine).decompose(task, ranks).product) for engine in ("own", "tensorly"))
+        assert other == pytest.approx(ours, rel=1e-3)
+    assert tensorly.get_backend() == "numpy"
+
+
+@pytest.mark.parametrize("metric", ["weight", "output"])
+def test_large_kernels_lose_nothing_to_single_precision(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = trained("layer2.0.conv1", metric)
+    exact = [task.error(Tucker2().decompose(task, ranks).product) for ranks in [(8, 6), (24, 12), (31, 15)]]
+    monkeypatch.setattr(projection, "LARGE", 1)
+    found = [task.error(Tucker2().decompose(task, ranks).product) for ranks in [(8, 6), (24, 12), (31, 15)]]
+    assert found == pytest.approx(exact, rel=1e-4)
+
+
 # --- the layers ---
 
 
@@ -159,7 +178,7 @@ def test_vbmf_finds_both_ranks() -> None:
     generator = torch.Generator().manual_seed(0)
     outer, inner = torch.randn(24, 3, generator=generator), torch.randn(20, 4, generator=generator)
     weight = torch.einsum("op,psab,is->oiab", outer.double(), core, inner.double()) + 0.3 * task.weight
-    assert Tucker2().ranks_by_vbmf(Kernel(weight), 1) == (3, 4)
+    assert Tucker2().ranks_by_vbmf(weight, 1) == (3, 4)
     layer = nn.Conv2d(20, 24, 3)
     layer.weight = nn.Parameter(weight.float())
     _, report = rewrite(nn.Sequential(layer), torch.randn(1, 20, 8, 8), rank="vbmf", round_to=1)
@@ -179,6 +198,16 @@ def test_layers_that_have_no_such_form_are_named() -> None:
     assert [edit.layer for edit in report.edits] == ["4"]
 
 
+def test_ranks_that_save_macs_but_need_more_weights_are_left_out() -> None:
+    model = nn.Sequential(nn.Conv2d(12, 8, 3, padding=2))  # makes 5×5 of 3×3: the first stage is cheap for its weights
+    _, report = rewrite(model, torch.randn(2, 12, 3, 3), rank=(8, 11))
+    assert [skip.why for skip in report.skips] == ["rank (8, 11) would get larger: 924 weights instead of 864"]
+    for options in ({"layer_macs": 0.95}, {"macs": 0.95}):
+        _, report = rewrite(model, torch.randn(2, 12, 3, 3), round_to=1, **options)
+        (numbers,) = (edit.numbers for edit in report.edits)
+        assert all(numbers[f"{what}_after"] < numbers[f"{what}_before"] for what in ("macs", "parameters"))
+
+
 @pytest.mark.parametrize("metric", ["weight", "output"])
 def test_a_budget_is_met(metric: str) -> None:
     torch.manual_seed(0)
@@ -190,7 +219,7 @@ def test_a_budget_is_met(metric: str) -> None:
 
 @pytest.mark.parametrize(
     ("step", "network"),
-    contract_cases([Tucker(layer_macs=0.8), Tucker(rank=(3, 2), metric="weight")]),
+    contract_cases([Tucker(layer_macs=0.8), Tucker(rank=(3, 2), metric="weight", engine="tensorly")]),
 )
 def test_contract(step: Tucker, network: Any) -> None:
     check_pass(step, network)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery_plugins.low_rank import ChannelSvd
-from surgery_plugins.low_rank.kernel import Kernel
+from surgery_plugins.low_rank import ChannelSvd, Cp, SpatialSvd, Svd, TensorTrain, Tucker
+from surgery_plugins.low_rank.method import Ranks
+from surgery_plugins.low_rank.options import LowRank
 from surgery_plugins.low_rank.svd import ConvSvd
 from surgery_plugins.low_rank.vbmf import evbmf_rank, noise_level, threshold
 from torch import Tensor, nn
@@ -70,14 +71,53 @@ def test_the_threshold_of_square_matrices_is_that_of_the_paper() -> None:
 
 
 def test_a_method_takes_the_rank_in_steps_and_within_its_limits() -> None:
-    task = Kernel(planted(64, 90, 5, 0.3).double().view(64, 10, 3, 3))
-    assert [ConvSvd().ranks_by_vbmf(task, step) for step in (1, 4, 8, 100)] == [(5,), (8,), (8,), (64,)]
-    assert ConvSvd().ranks_by_vbmf(Kernel(planted(64, 90, 0, 1.0).double().view(64, 10, 3, 3)), 1) == (1,)
+    weight = planted(64, 90, 5, 0.3).double().view(64, 10, 3, 3)
+    assert [ConvSvd().ranks_by_vbmf(weight, step) for step in (1, 4, 8, 100)] == [(5,), (8,), (8,), (64,)]
+    assert ConvSvd().ranks_by_vbmf(planted(64, 90, 0, 1.0).double().view(64, 10, 3, 3), 1) == (1,)
 
 
-def test_a_pass_leaves_what_stands_out_of_the_noise() -> None:
-    layer = nn.Conv2d(10, 64, 3)
-    layer.weight = nn.Parameter(planted(64, 90, 5, 0.3).view(64, 10, 3, 3))
-    before = capture(nn.Sequential(layer).eval(), torch.randn(1, 10, 6, 6))
-    _, report = ChannelSvd(rank="vbmf", round_to=1)(before, Context(before, Data()))
-    assert [edit.numbers["rank"] for edit in report.edits] == [5]
+METHODS = [
+    (Svd, (60, 40), (5,), {}),
+    (ChannelSvd, (40, 12, 3, 3), (5,), {}),
+    (Tucker, (32, 24, 3, 3), (5, 4), {}),
+    (SpatialSvd, (32, 24, 3, 3), (5,), {}),
+    (Cp, (32, 24, 3, 3), (5,), {}),
+    (TensorTrain, (48, 36), (2,), {"min_features": 4}),
+    (TensorTrain, (216, 216), (3,), {"min_features": 4, "cores": 3}),
+]
+"""Passes with the shape of a layer and the ranks that its weight has under the noise."""
+
+
+def applied(step: LowRank, shape: tuple[int, ...], ranks: Ranks, noise: float, data: bool) -> dict[str, float]:
+    """The numbers of a layer whose weight is a product of factors, with `noise` of their size on it."""
+    generator = torch.Generator().manual_seed(1)
+    weight = step.method.random(shape, ranks).product.double()
+    weight = weight / weight.std() + noise * torch.randn(shape, generator=generator)
+    layer = nn.Linear(*shape[1::-1]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2:], padding=1)
+    layer.weight = nn.Parameter(weight.float())
+    x = torch.randn(64, shape[1], *[8 for _ in shape[2:]], generator=generator).cumsum(-1)
+    norm = [nn.BatchNorm2d(shape[0])] if len(shape) > 2 else []
+    before = capture(nn.Sequential(layer, *norm).eval(), x[:2])
+    _, report = step(before, Context(before, Data.of([x] if data else None)))
+    return report.edits[0].numbers
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+@pytest.mark.parametrize(("kind", "shape", "ranks", "options"), METHODS)
+def test_every_pass_finds_the_planted_rank_with_or_without_data(kind, shape, ranks, options, noise, data):
+    step = kind(rank="vbmf", round_to=1, **options)
+    numbers = applied(step, shape, ranks, noise, data)
+    assert tuple(numbers[name] for name in step.method.names) == ranks
+    if not data:
+        assert numbers["weight_error"] < 1.2 * noise
+
+
+@pytest.mark.parametrize(("kind", "shape", "ranks", "options"), METHODS)
+def test_every_pass_keeps_the_energy_asked_for(kind, shape, ranks, options):
+    step = kind(energy=0.999, round_to=1, **options)
+    numbers = applied(step, shape, ranks, 0.02, data=False)
+    found = tuple(numbers[name] for name in step.method.names)
+    # orthogonal components, by which `cp` judges, are more than those that were planted
+    assert ranks <= found <= (25,) if kind is Cp else found == ranks
+    assert 1 - numbers["weight_error"] ** 2 >= 0.999 - 1e-4

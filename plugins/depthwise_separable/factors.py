@@ -13,16 +13,19 @@ which is quadratic in P for given D and in D for given P: the two are solved in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from surgery import conjugate_gradients
+
 RIDGE = 1e-4
 """Added to the covariance, times its mean variance: directions that the data does not show keep a little weight."""
 TOLERANCE = 3e-4
 """The alternation stops when one round lowers f by less than this part."""
+STEPS, NEAR = 20, 1e-3
+"""Conjugate-gradient steps of one solution for D, and the part of the residual at which they end."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _apply_depthwise(rows: Tensor, depthwise: Tensor) -> Tensor:
     return torch.einsum("nck,cjk->ncj", rows.view(-1, channels, kernel), depthwise).flatten(1)
 
 
-def _solve_depthwise(moment: Tensor, metric: Tensor, factors: Factors, steps: int = 20) -> Factors:
+def _solve_depthwise(moment: Tensor, metric: Tensor, factors: Factors) -> Factors:
     """The normal equations H d = Pᵀ W Σ, H[cjκ, c'j'κ'] = (PᵀP)[cj, c'j'] Σ[cκ, c'κ'], by conjugate gradients."""
     p, d = factors.pointwise, factors.depthwise
     channels, multiplier, kernel = d.shape
@@ -105,7 +108,7 @@ def _solve_depthwise(moment: Tensor, metric: Tensor, factors: Factors, steps: in
     left = _inverse(mixing[own, :, own])
     right = _inverse(by_channel[own, :, own])
     goal = torch.einsum("ocj,ock->cjk", p, moment.view(-1, channels, kernel))
-    return Factors(p, conjugate_gradients(hessian, goal, d, lambda r: left @ r @ right, steps))
+    return Factors(p, conjugate_gradients(hessian, goal, d, lambda r: left @ r @ right, STEPS, NEAR))
 
 
 def _inverse(blocks: Tensor) -> Tensor:
@@ -114,34 +117,3 @@ def _inverse(blocks: Tensor) -> Tensor:
     damping = 1e-8 * (scale + scale.mean()) + 1e-100
     inverse: Tensor = torch.linalg.inv(blocks + torch.diag_embed(damping.unsqueeze(1).expand(-1, blocks.shape[1])))
     return inverse
-
-
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    goal: Tensor,
-    start: Tensor,
-    precondition: Callable[[Tensor], Tensor],
-    steps: int,
-    tolerance: float = 1e-3,
-) -> Tensor:
-    """Approximate solution of `apply(x) = goal` for a symmetric positive semidefinite `apply`.
-
-    Each step lowers ½ x·apply(x) - x·goal. Ends when the residual has fallen to the part `tolerance` of its start.
-    """
-    x, residual = start, goal - apply(start)
-    scaled = precondition(residual)
-    direction, size = scaled, float((residual * scaled).sum())
-    first = size
-    for _ in range(steps):
-        if size <= tolerance**2 * first or size <= 0:
-            break
-        image = apply(direction)
-        curvature = float((direction * image).sum())
-        if curvature <= 0:
-            break
-        step = size / curvature
-        x, residual = x + step * direction, residual - step * image
-        scaled = precondition(residual)
-        size, before = float((residual * scaled).sum()), size
-        direction = scaled + size / before * direction
-    return x

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .engine import Engine, tensorly_round
+
 
 def assembled(factors: Sequence[Tensor]) -> Tensor:
     """T' of its factors."""
@@ -88,25 +90,26 @@ def penalty(tensor: Tensor, rank: int, regularisation: float) -> float:
 
 
 def als(
-    tensor: Tensor, start: Sequence[Tensor], damping: float, iterations: int, tolerance: float = 0.0
+    tensor: Tensor,
+    start: Sequence[Tensor],
+    damping: float,
+    iterations: int,
+    tolerance: float = 0.0,
+    engine: Engine = "own",
 ) -> list[Tensor]:
     """Least squares for one factor after the other, until a round gains less than `tolerance` of what is lost.
 
-    The updates are those of TensorLy's `parafac` with λ `damping` for `l2_reg`. The whole tensor is multiplied twice a
-    round instead of once for every dimension: with B, and with A, from which B and the smaller factors follow.
+    A round is one of TensorLy's `parafac` with λ `damping` for `l2_reg`, whoever does it.
     """
     slices = tensor.flatten(2).movedim(-1, 0).contiguous()  # (k, O, I)
     total, last = float(tensor.square().sum()), math.inf
     found = balanced(start) if damping else list(start)
     for _ in range(iterations):
-        seen = (slices @ found[1]) * khatri_rao(found[2:]).unsqueeze(1)
-        found[0] = solved(seen.sum(0), found, 0, damping)
-        seen = slices.mT @ found[0]
-        found[1] = solved((seen * khatri_rao(found[2:]).unsqueeze(1)).sum(0), found, 1, damping)
-        core = (seen * found[1]).sum(1).view(*tensor.shape[2:], -1)
-        for dim in range(2, tensor.ndim):
-            found[dim] = solved(_contracted(core, found, dim), found, dim, damping)
-        inner = float((core.flatten(0, -2) * khatri_rao(found[2:])).sum())
+        if engine == "tensorly":
+            found = tensorly_round(tensor, found, damping)
+            inner = float((tensor * assembled(found)).sum())
+        else:
+            found, inner = _round(slices, found, damping)
         lost = total - 2 * inner + float(_gram(found).sum()) + damping * sum(float(f.square().sum()) for f in found)
         if damping:
             found = balanced(found)
@@ -114,6 +117,23 @@ def als(
             break
         last = lost
     return found
+
+
+def _round(slices: Tensor, factors: Sequence[Tensor], damping: float) -> tuple[list[Tensor], float]:
+    """New factors, and the inner product of T and T'.
+
+    The whole tensor is multiplied twice instead of once for every dimension: with B, and with A, from which B and the
+    smaller factors follow.
+    """
+    found = list(factors)
+    seen = (slices @ found[1]) * khatri_rao(found[2:]).unsqueeze(1)
+    found[0] = solved(seen.sum(0), found, 0, damping)
+    seen = slices.mT @ found[0]
+    found[1] = solved((seen * khatri_rao(found[2:]).unsqueeze(1)).sum(0), found, 1, damping)
+    core = (seen * found[1]).sum(1).view(*map(len, found[2:]), -1)
+    for dim in range(2, len(found)):
+        found[dim] = solved(_contracted(core, found, dim), found, dim, damping)
+    return found, float((core.flatten(0, -2) * khatri_rao(found[2:])).sum())
 
 
 def _contracted(core: Tensor, factors: Sequence[Tensor], dim: int) -> Tensor:

@@ -43,11 +43,11 @@ class Chooser:
     place: str
 
     @property
-    def needs_kernel(self) -> bool:
-        """Whether the weight and its metric decide, and not only the layer's shape."""
-        by_shape = isinstance(self.options.rank, int | tuple)
-        by_cost = self.options.energy is None and self.options.rank is None and self.options.budget is None
-        return not (by_shape or (by_cost and self.options.output_error is None and len(self.method.names) == 1))
+    def needs_metric(self) -> bool:
+        """Whether the weight in its metric decides a layer's ranks, and not only its shape or the weight as it stands.
+
+        With `layer_macs` and one rank the shape does: the highest that leaves the share."""
+        return self.options.energy is not None or (self.options.rank is None and len(self.method.names) > 1)
 
     def step(self, geometry: Geometry) -> int:
         return self.options.round_to or default_step(geometry.shape)
@@ -59,47 +59,43 @@ class Chooser:
             between = ladder(self.method, kernel, geometry, 1, measure, 256 if len(self.method.names) == 1 else 32)
         return Ladder(name, geometry, rungs, scale, tuple(between))
 
-    def own(self, kernel: Kernel | None, geometry: Geometry) -> Rung | str:
-        """What one layer becomes by an option that looks at it alone, or why it stays."""
+    def own(self, kernel: Kernel, geometry: Geometry) -> Rung | str:
+        """What one layer becomes by an option that looks at it alone, or why it stays: neither its MACs nor its weights
+        may grow."""
         ranks = self._ranks(kernel, geometry)
         if isinstance(ranks, str):
             return ranks
         found = rung(self.method, geometry, ranks, 0.0)
         if found.macs >= geometry.macs:
             return f"rank {shown(ranks)} would not get cheaper: {found.macs:,} MACs instead of {geometry.macs:,}"
+        if not found.fits(geometry):
+            return f"rank {shown(ranks)} would get larger: {found.weights:,} weights instead of {geometry.weights:,}"
         return found
 
-    def _ranks(self, kernel: Kernel | None, geometry: Geometry) -> Ranks | str:
+    def _ranks(self, kernel: Kernel, geometry: Geometry) -> Ranks | str:
         limits, step = self.method.limits(geometry.shape), self.step(geometry)
         given = self.options.rank
         if given == "vbmf":
-            assert kernel is not None
-            return self.method.ranks_by_vbmf(kernel, step)
+            return self.method.ranks_by_vbmf(kernel.weight, step)
         if isinstance(given, int | tuple):
             ranks = given if isinstance(given, tuple) else (given,) * len(limits)
             if any(rank > limit for rank, limit in zip(ranks, limits, strict=True)):
                 return f"rank {shown(ranks)} {ABOVE}, {shown(limits)}"
             return ranks
         if self.options.energy is not None:
-            assert kernel is not None
             return self.method.ranks_by_energy(kernel, self.options.energy, step)
         share = self.options.layer_macs or DEFAULT_LAYER_MACS
-        rungs = self._within(kernel, geometry, share)
-        return rungs or f"no rank leaves it {share:.3g} of its {geometry.macs:,} MACs"
+        return self._within(kernel, geometry, share) or f"no rank leaves it {share:.3g} of its {geometry.macs:,} MACs"
 
-    def _within(self, kernel: Kernel | None, geometry: Geometry, share: float) -> Ranks | None:
+    def _within(self, kernel: Kernel, geometry: Geometry, share: float) -> Ranks | None:
         """The ranks that lose least of those that leave at most this share of the layer's MACs."""
-        if kernel is not None:
-            fitting = [
-                r for r in ladder(self.method, kernel, geometry, self.step(geometry)) if r.macs <= share * geometry.macs
-            ]
-            return fitting[-1].ranks if fitting else None
+        step, most = self.step(geometry), share * geometry.macs
+        if self.needs_metric:
+            rungs = [own for own in ladder(self.method, kernel, geometry, step) if own.macs <= most]
+            return rungs[-1].ranks if rungs else None
         every = (rung(self.method, geometry, (r,), 0.0) for r in range(1, self.method.limits(geometry.shape)[0] + 1))
-        affordable = [r.ranks[0] for r in every if r.macs <= share * geometry.macs]
-        if not affordable:
-            return None
-        step = self.step(geometry)
-        return (max(affordable) // step * step or max(affordable),)
+        highest = max((own.ranks[0] for own in every if own.macs <= most and own.fits(geometry)), default=None)
+        return None if highest is None else (highest // step * step or highest,)
 
     def within(
         self, ladders: Sequence[Ladder], whole: float, measure: str, target: float, unit: float = 1

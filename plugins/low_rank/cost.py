@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import surgery
@@ -85,6 +85,10 @@ class Rung:
     def cost(self, measure: str) -> int:
         return self.macs if measure == "macs" else self.weights
 
+    def fits(self, geometry: Geometry) -> bool:
+        """Whether it needs neither more MACs nor more weights than the layer."""
+        return self.macs <= geometry.macs and self.weights <= geometry.weights
+
 
 def rung(method: Method, geometry: Geometry, ranks: Ranks, error: float) -> Rung:
     shapes = method.shapes(geometry.shape, ranks)
@@ -94,13 +98,13 @@ def rung(method: Method, geometry: Geometry, ranks: Ranks, error: float) -> Rung
 def ladder(
     method: Method, kernel: Kernel, geometry: Geometry, step: int, measure: str = "macs", most: int = 32
 ) -> list[Rung]:
-    """The choices that cost less than the layer, and less than all that lose no more; cheapest first."""
-    choices = method.choices(geometry.shape, step, most)
-    costs = [rung(method, geometry, ranks, 0.0) for ranks in choices]
+    """The choices that cost less than the layer, in the other measure no more, and less than all that lose no more;
+    cheapest first."""
+    costs = (rung(method, geometry, ranks, 0.0) for ranks in method.choices(geometry.shape, step, most))
     whole = geometry.macs if measure == "macs" else geometry.weights
-    cheaper = [ranks for ranks, cost in zip(choices, costs, strict=True) if cost.cost(measure) < whole]
-    errors = method.estimates(kernel, cheaper)
-    rungs = [rung(method, geometry, ranks, error) for ranks, error in zip(cheaper, errors, strict=True)]
+    cheaper = [own for own in costs if own.cost(measure) < whole and own.fits(geometry)]
+    errors = method.estimates(kernel, [own.ranks for own in cheaper])
+    rungs = [replace(own, error=error) for own, error in zip(cheaper, errors, strict=True)]
     rungs.sort(key=lambda r: (r.cost(measure), r.error))
     best: list[Rung] = []
     for candidate in rungs:

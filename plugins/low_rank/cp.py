@@ -23,9 +23,11 @@ from surgery import PassError
 
 from .als import als, assembled, balanced, penalty, random_start, sliced, solved, strengths
 from .chain import Chain, Stage
-from .descent import lowered
+from .descent import Form, fitted
+from .engine import Engine
 from .kernel import Kernel
-from .method import Method, Ranks, Shape, multiples
+from .method import Method, Ranks, Shape
+from .steps import multiples, raised
 
 BOUND = 10.0
 """Most that Σ ‖component‖² may be, in parts of the squared norm of what is decomposed; 1 = orthogonal components."""
@@ -33,8 +35,8 @@ PROBES, PROBE_ROUNDS = (1 / 8, 1 / 2), 4
 """Ranks that estimates try, in parts of the rank with as many weights as the layer, and rounds of least squares."""
 LARGE = 2**19
 """Entries of a tensor from which on least squares are in float32."""
-SWEEPS, STEPS = 2, 4
-"""Of the descent in the metric of the outputs."""
+STEPS = 4
+"""Of the descent in the metric of the outputs, for one factor in one round."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,11 @@ class CpSum(Method):
     restarts: int = 2
     regularisation: float = 1e-3
     tolerance: float = 1e-4
+    engine: Engine = "own"
 
     def obstacle(self, module: nn.Module) -> str | None:
-        why = super().obstacle(module)
-        if why is None and set(module.kernel_size) == {1}:  # type: ignore[arg-type]
-            why = "pointwise: channel_svd is its form"
-        return why
+        pointwise = prod(getattr(module, "kernel_size", ())) == 1
+        return super().obstacle(module) or ("pointwise: channel_svd is its form" if pointwise else None)
 
     def limits(self, shape: Shape) -> Ranks:
         return (prod(shape) // max(shape),)
@@ -66,16 +67,9 @@ class CpSum(Method):
         return [(rank,) for rank in multiples(_even(shape), step, most)]
 
     def decompose(self, kernel: Kernel, ranks: Ranks) -> Chain:
-        """Where the outputs count: the better of the sums near to the weight and near to it in the separable part of
-        the metric, brought down in the metric itself."""
-        found = self._factors(kernel.weight, ranks[0])
-        if kernel.covariance is not None and ranks < self.limits(tuple(kernel.weight.shape)):
-            seen = kernel.separated
-            starts = [_each(kernel.uncoloured, found), self._factors(seen.weight, ranks[0])]
-            starts = [lowered(seen, start, assembled, _undoing, 1, STEPS) for start in starts]
-            best = min(starts, key=lambda start: seen.error(assembled(start)))
-            found = _each(kernel.coloured, lowered(seen, best, assembled, _undoing, SWEEPS, STEPS))
-        return _chain(found)
+        if kernel.covariance is None or ranks >= self.limits(tuple(kernel.weight.shape)):
+            return _chain(self._factors(kernel.weight, ranks[0]))
+        return _chain(fitted(kernel, Form(assembled, _undoing, _each, STEPS), lambda w: self._factors(w, ranks[0])))
 
     def _factors(self, weight: Tensor, rank: int) -> list[Tensor]:
         """One factor (size, rank) for every dimension, ones for kernel axes of size 1.
@@ -115,7 +109,8 @@ class CpSum(Method):
     def _lowered(self, tensor: Tensor, start: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Large tensors in float32, which takes half the time; the penalty keeps the equations well conditioned."""
         kind = torch.float32 if damping and tensor.numel() >= LARGE else torch.float64
-        found = als(tensor.to(kind), [factor.to(kind) for factor in start], damping, self.iterations, self.tolerance)
+        first = [factor.to(kind) for factor in start]
+        found = als(tensor.to(kind), first, damping, self.iterations, self.tolerance, self.engine)
         return [factor.double() for factor in found]
 
     # --- choosing ranks ---
@@ -135,7 +130,7 @@ class CpSum(Method):
     def ranks_by_energy(self, kernel: Kernel, energy: float, step: int) -> Ranks:
         curve = self._curve(kernel)
         rank = bisect_left(curve, energy - 1 - 1e-12, key=lambda lost: -lost)
-        return (min(-(-max(1, rank) // step) * step, len(curve) - 1),)
+        return (raised(rank, step, len(curve) - 1),)
 
     def _curve(self, kernel: Kernel) -> list[float]:
         """f / f(0) by rank, 0 to the limit, falling."""
@@ -157,16 +152,9 @@ class CpSum(Method):
         curve[0] = 1.0
         return curve.cummin(0).values.tolist()
 
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        """By outputs and by inputs."""
-        return [kernel.whitened.flatten(1), kernel.whitened.transpose(0, 1).flatten(1)]
-
-    def ranks_by_vbmf(self, kernel: Kernel, step: int) -> Ranks:
-        """The larger of the two unfoldings' ranks: a sum needs as many components at least."""
-        from .vbmf import evbmf_rank
-
-        rank = max(1, *map(evbmf_rank, self.unfoldings(kernel)))
-        return (min(-(-rank // step) * step, *self.limits(tuple(kernel.weight.shape))),)
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        """By outputs and by inputs: a sum needs as many components as either has ranks, at least."""
+        return [[weight.flatten(1), weight.transpose(0, 1).flatten(1)]]
 
 
 def _each(change: Callable[[Tensor, int], Tensor], factors: Sequence[Tensor]) -> list[Tensor]:

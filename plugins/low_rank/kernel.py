@@ -24,7 +24,7 @@ DAMPING = 1e-6
 @dataclass(frozen=True)
 class Kernel:
     """`weight` (O, I, *k), no kernel axes for a linear layer, and `covariance` (I·k, I·k), None = the weight's metric.
-    Both float64."""
+    Both of one type: float64 but for starts."""
 
     weight: Tensor
     covariance: Tensor | None = None
@@ -35,19 +35,22 @@ class Kernel:
         return self.weight.flatten(1)
 
     @cached_property
+    def moment(self) -> Tensor:
+        """W Σ (O, I·k): the covariance of the output with the unfolded input."""
+        return self.seen(self.matrix)
+
+    @cached_property
     def energy(self) -> float:
         """f(0): the squared weight, or the variance of the output."""
-        return self._squared(self.matrix)
+        return float((self.moment * self.matrix).sum())
 
     def error(self, product: Tensor) -> float:
         """√(f(W') / f(0)) of W' `product` (O, I, *k): 0 = none, 1 = no better than nothing."""
-        lost = self._squared(self.matrix - product.flatten(1))
+        rest = self.matrix - product.flatten(1)
+        lost = float((self.seen(rest) * rest).sum())
         if self.energy > 0:
             return math.sqrt(max(0.0, lost) / self.energy)
         return math.inf if lost > 0 else 0.0
-
-    def _squared(self, matrix: Tensor) -> float:
-        return float((self.seen(matrix) * matrix).sum())
 
     def seen(self, matrix: Tensor) -> Tensor:
         """M Σ of a matrix M (·, I·k)."""
@@ -58,8 +61,7 @@ class Kernel:
         """U (O, m) orthonormal and the part of f(0) that each column keeps (m,), falling; m = min(O, I·k)."""
         outputs, features = self.matrix.shape
         if outputs <= features:
-            half = self.matrix if self.covariance is None else self.matrix @ self.covariance
-            values, vectors = torch.linalg.eigh(half @ self.matrix.T)
+            values, vectors = torch.linalg.eigh(self.moment @ self.matrix.T)
             return vectors.flip(1), values.flip(0).clamp_min(0)
         seen = self.matrix if self.covariance is None else self.matrix @ root(self.covariance)
         values, vectors = torch.linalg.eigh(seen.T @ seen)
@@ -110,14 +112,22 @@ class Kernel:
 def root(covariance: Tensor) -> Tensor:
     """Lower triangular R with R Rᵀ = covariance, damped as far as it takes to be positive definite."""
     size = float(covariance.diagonal().mean())
-    eye = torch.eye(len(covariance), dtype=covariance.dtype)
     damping = DAMPING
     found: Tensor
     while True:
-        found, failed = torch.linalg.cholesky_ex(covariance + max(size * damping, 1e-100) * eye)
+        damped = covariance.clone()
+        damped.diagonal().add_(max(size * damping, 1e-100))
+        found, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return found
         damping *= 10
+
+
+def squared_values(matrix: Tensor) -> Tensor:
+    """Squared singular values, falling."""
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0)
 
 
 def _undone(shaped: Tensor, roots: tuple[Tensor | None, ...]) -> Tensor:

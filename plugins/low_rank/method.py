@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
+from .steps import multiples, raised
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -82,28 +84,21 @@ class Method(ABC):
         for spectrum, limit in zip(self.spectra(kernel), self.limits(tuple(kernel.weight.shape)), strict=True):
             kept = spectrum.cumsum(0) / spectrum.sum().clamp_min(1e-300)
             rank = int((kept < energy - 1e-12).sum()) + 1
-            found.append(min(-(-rank // step) * step, limit))
+            found.append(raised(rank, step, limit))
         return tuple(found)
 
     @abstractmethod
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        """Per rank the matrix whose rank it is, for variational Bayes to judge."""
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        """Per rank the matrices that have it, or a lower one, for variational Bayes to judge."""
 
-    def ranks_by_vbmf(self, kernel: Kernel, step: int) -> Ranks:
-        """The ranks that variational Bayes finds above the noise, in multiples of `step`."""
+    def ranks_by_vbmf(self, weight: Tensor, step: int) -> Ranks:
+        """The ranks that variational Bayes finds above the noise of a weight (O, I, *k), in multiples of `step`."""
         from .vbmf import evbmf_rank
 
-        limits = self.limits(tuple(kernel.weight.shape))
-        found = [max(1, evbmf_rank(matrix)) for matrix in self.unfoldings(kernel)]
-        return tuple(min(-(-rank // step) * step, limit) for rank, limit in zip(found, limits, strict=True))
+        limits = self.limits(tuple(weight.shape))
+        found = [max(map(evbmf_rank, matrices)) for matrices in self.unfoldings(weight)]
+        return tuple(raised(rank, step, limit) for rank, limit in zip(found, limits, strict=True))
 
     def choices(self, shape: Shape, step: int, most: int = 32) -> list[Ranks]:
         """Ranks worth considering: multiples of `step`, at most `most` each, and the limits."""
         return list(product(*(multiples(limit, step, most) for limit in self.limits(shape))))
-
-
-def multiples(limit: int, step: int, most: int) -> list[int]:
-    """At most `most` multiples of `step` below `limit`, spread evenly, and `limit`."""
-    every = list(range(step, limit, step))
-    stride = max(1, -(-len(every) // most))
-    return [*every[stride - 1 :: stride], limit]

@@ -27,13 +27,15 @@ DEFAULT_LAYER_MACS = 0.5
 class LowRank(Pass):
     """What decompositions have in common.
 
-    At most one of the options in `TARGETS` is given; without any, every layer keeps half of its MACs.
+    At most one of the options in `TARGETS` is given; without any, every layer keeps half of its MACs. No layer ends
+    with more MACs or more weights than it had.
     """
 
     idempotent: ClassVar[bool] = False
 
     rank: Annotated[
-        Rank | Literal["vbmf"] | None, Field(description="the rank of every layer, or vbmf: judged from its weight")
+        Rank | Literal["vbmf"] | None,
+        Field(description="the rank of every layer, or vbmf: what stands out of the noise of its weight"),
     ] = None
     layer_macs: Annotated[Share | None, Field(description="share of each layer's MACs that remains")] = None
     energy: Annotated[
@@ -85,9 +87,9 @@ class LowRank(Pass):
         return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
-        from .operation import Operation
+        from .decomposition import Decomposition
 
-        return Operation(self, model, context).run()
+        return Decomposition(self, model, context).run()
 
     @property
     def given(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ turn, and f never rises.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,7 +18,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .kernel import Kernel, root
+from surgery import conjugate_gradients
+
+from .engine import Engine, tensorly_tucker
+from .kernel import Kernel, root, squared_values
 
 SWEEPS = 50
 """Most rounds of orthogonal iteration."""
@@ -27,10 +29,12 @@ SETTLED = 1e-4
 """Orthogonal iteration ends when a round lowers the relative error by less, as in TensorLy."""
 ROUNDS = 3
 """Most improvements of A in the output's metric."""
-STEPS = 8
-"""Conjugate-gradient steps of one improvement."""
+STEPS, NEAR = 8, 1e-2
+"""Conjugate-gradient steps of one improvement, and the part of the residual at which they end."""
 WORTH = 0.01
 """Part of f that an improvement has to take away for another to follow."""
+LARGE = 2**20
+"""Entries of a covariance from which on A is looked for in float32; C, U and f are always in float64."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,18 @@ def folded(kernel: Kernel, dims: int) -> Kernel:
     return Kernel(weight.reshape(shape), None if covariance is None else covariance.contiguous())
 
 
-def project(kernel: Kernel, rank_out: int, rank_in: int) -> Projected:
+def project(kernel: Kernel, rank_out: int, rank_in: int, engine: Engine = "own") -> Projected:
     """The best that is found of a kernel (O, F, B); ranks p ≤ s·B and s ≤ p·B, or s = F."""
     if rank_in == kernel.weight.shape[1]:
         return Projected(None, kernel, rank_out)
-    plain = _iterated(kernel.weight, rank_out, rank_in)
     if kernel.covariance is None or rank_in == kernel.weight[:, 0].numel():  # of all of it
+        plain = _iterated(kernel.weight, rank_out, rank_in, engine)
         return Projected(plain, Kernel(_seen(kernel, plain)), rank_out)
-    separable = kernel.whitened
-    likely = (_leading(separable, rank_in), _iterated(separable, rank_out, rank_in))
-    starts = [plain, *(torch.linalg.qr(kernel.coloured(p, 1)).Q for p in likely)]
+    plain, likely = (
+        _iterated(tensor.to(_kind(kernel)), rank_out, rank_in, engine).double()
+        for tensor in (kernel.weight, kernel.whitened)
+    )
+    starts = [torch.linalg.qr(a).Q for a in (plain, kernel.coloured(likely, 1))]
     return _improved(kernel, min((_solved(kernel, a, rank_out) for a in starts), key=lambda found: found[1]))
 
 
@@ -80,11 +86,9 @@ def kept(kernel: Kernel, most: int) -> Tensor:
     if kernel.covariance is None:
         seen = _seen(kernel, inner)
     else:
-        half = _through(kernel.covariance, inner)
-        factor = root(_metric(half, inner))
-        moment = kernel.matrix @ half.flatten(2).flatten(0, 1).T
-        seen = torch.linalg.solve_triangular(factor.T, moment, upper=True, left=False)
-        seen = seen.view(len(moment), inner.shape[1], -1)
+        factor = root(_metric(kernel.covariance, inner))
+        seen = torch.linalg.solve_triangular(factor.T, _moment(kernel, inner), upper=True, left=False)
+        seen = seen.view(len(seen), inner.shape[1], -1)
     energies = torch.einsum("ofb,op->pfb", seen, kernel.basis[0]).square().sum(2)
     shares: Tensor = energies.cumsum(0).cumsum(1) / max(kernel.energy, 1e-300)
     return shares
@@ -95,10 +99,7 @@ def kept(kernel: Kernel, most: int) -> Tensor:
 
 def leading_values(tensor: Tensor) -> Tensor:
     """Squared singular values of (O, F, B) as a matrix (F, O·B), falling."""
-    matrix = tensor.movedim(1, 0).flatten(1)
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    values: Tensor = torch.linalg.eigvalsh(gram)
-    return values.flip(0).clamp_min(0)
+    return squared_values(tensor.movedim(1, 0).flatten(1))
 
 
 def _leading(tensor: Tensor, rank: int) -> Tensor:
@@ -106,11 +107,13 @@ def _leading(tensor: Tensor, rank: int) -> Tensor:
     return Kernel(tensor.movedim(1, 0)).basis[0][:, :rank]
 
 
-def _iterated(tensor: Tensor, rank_out: int, rank_in: int) -> Tensor:
-    """P (F, s) orthonormal of a partial Tucker decomposition."""
+def _iterated(tensor: Tensor, rank_out: int, rank_in: int, engine: Engine) -> Tensor:
+    """P (F, s) orthonormal of a partial Tucker decomposition, by orthogonal iteration from the leading vectors."""
     inner = _leading(tensor, rank_in)
     if rank_out >= min(len(tensor), tensor[0].numel()):
         return inner
+    if engine == "tensorly":
+        return tensorly_tucker(tensor, inner, rank_out, SWEEPS, SETTLED)
     total, before = float(tensor.square().sum()), torch.inf
     for sweep in range(SWEEPS):
         outer = Kernel(torch.einsum("ofb,fs->osb", tensor, inner)).basis[0][:, :rank_out]
@@ -130,9 +133,7 @@ def _iterated(tensor: Tensor, rank_out: int, rank_in: int) -> Tensor:
 def _solved(kernel: Kernel, inner: Tensor, rank_out: int) -> tuple[Projected, float]:
     """The best C and U for A orthonormal, and their f."""
     assert kernel.covariance is not None
-    half = _through(kernel.covariance, inner)
-    metric = _metric(half, inner)
-    moment = kernel.matrix @ half.flatten(2).flatten(0, 1).T
+    metric, moment = _metric(kernel.covariance, inner), _moment(kernel, inner)
     old = _seen(kernel, inner)
     rest = moment - old.flatten(1) @ metric
     change = torch.cholesky_solve(rest.T, root(metric)).T
@@ -154,20 +155,27 @@ def _through(covariance: Tensor, inner: Tensor) -> Tensor:
     return (inner.T @ covariance.view(size, -1)).view(rank, taps, size, taps)
 
 
-def _metric(half: Tensor, inner: Tensor) -> Tensor:
+def _metric(covariance: Tensor, inner: Tensor) -> Tensor:
     """(s·B, s·B): cov(z)."""
-    rank, taps, size, _ = half.shape
-    metric = (inner.T @ half.view(rank * taps, size, taps)).view(rank * taps, rank * taps)
+    half = _through(covariance, inner).transpose(2, 3)  # (s, B, B, F)
+    rank, taps, _, size = half.shape
+    metric = (half.reshape(-1, size) @ inner).view(rank, taps, taps, rank).transpose(2, 3).reshape(rank * taps, -1)
     return (metric + metric.T) / 2
+
+
+def _moment(kernel: Kernel, inner: Tensor) -> Tensor:
+    """(O, s·B): cov(y, z)."""
+    return torch.einsum("ofb,fs->osb", kernel.moment.view(kernel.weight.shape), inner).flatten(1)
 
 
 def _improved(kernel: Kernel, start: tuple[Projected, float]) -> Projected:
     """Better A, C and U by turns."""
     best, lost = start
+    columns = _columns(kernel)
     for _ in range(ROUNDS):
         if lost <= 1e-14 * kernel.energy:
             break
-        found, now = _solved(kernel, torch.linalg.qr(_better(kernel, best)).Q, best.rank_out)
+        found, now = _solved(kernel, torch.linalg.qr(_better(kernel, columns, best)).Q, best.rank_out)
         if now >= lost:
             break
         gain, best, lost = 1 - now / lost, found, now
@@ -176,49 +184,39 @@ def _improved(kernel: Kernel, start: tuple[Projected, float]) -> Projected:
     return best
 
 
-def _better(kernel: Kernel, best: Projected) -> Tensor:
+def _kind(kernel: Kernel) -> torch.dtype:
+    """In which A is looked for."""
+    large = kernel.covariance is not None and kernel.covariance.numel() >= LARGE
+    return torch.float32 if large else torch.float64
+
+
+def _columns(kernel: Kernel) -> Tensor:
+    """Σ (F·B·B', F') in the order in which a product with A (F', s) needs no other."""
+    assert kernel.covariance is not None
+    size, taps = kernel.weight.shape[1:]
+    return kernel.covariance.view(size, taps, size, taps).transpose(2, 3).to(_kind(kernel)).reshape(-1, size)
+
+
+def _better(kernel: Kernel, columns: Tensor, best: Projected) -> Tensor:
     """A (F, s) nearer to the solution of H(A) = Cᵀ Uᵀ W Σ, by conjugate gradients from the one that `best` has.
 
     H(A)[f, s] = Σ (Cᵀ C)[s b, s' b'] Σ[f b, f' b'] A[f', s'], preconditioned by Σ and C Cᵀ without their B.
     """
-    covariance, core = kernel.covariance, best.core
-    assert covariance is not None
+    core = best.core.to(columns.dtype)
     assert best.inner is not None
-    size, rank = best.inner.shape
-    taps = len(covariance) // size
-    mixing = torch.einsum("psb,ptc->stcb", core, core).reshape(rank, -1)
-    weight = kernel.matrix if best.outer is None else best.outer.T @ kernel.matrix
-    goal = torch.einsum("pfb,psb->fs", (weight @ covariance).view(-1, size, taps), core)
+    size, taps = kernel.weight.shape[1:]
+    mixing = torch.einsum("psb,ptc->bcts", core, core).reshape(-1, core.shape[1])
+    moment = kernel.moment if best.outer is None else best.outer.T @ kernel.moment
+    goal = torch.einsum("pfb,psb->fs", moment.view(-1, size, taps).to(core.dtype), core)
 
     def hessian(a: Tensor) -> Tensor:
-        seen = _through(covariance, a).permute(2, 0, 1, 3).reshape(size, -1)  # (F, s'·B'·B)
-        return seen @ mixing.T
+        return (columns @ a).view(size, -1) @ mixing  # (F, B·B'·s')
 
-    spread = torch.einsum("fbgb->fg", covariance.view(size, taps, size, taps))
+    spread = torch.einsum("fbbg->fg", columns.view(size, taps, taps, size))
     left, right = root(spread), root(torch.einsum("psb,ptb->st", core, core))
 
     def precondition(residual: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(residual, left).T, right).T
 
-    return _descended(hessian, goal, best.inner, precondition)
-
-
-def _descended(
-    apply: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, precondition: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Nearer to `apply(x) = goal`, `apply` symmetric positive semidefinite, by conjugate gradients: every step lowers
-    ½ x·apply(x) - x·goal."""
-    x, residual = start, goal - apply(start)
-    direction = scaled = precondition(residual)
-    size = first = float((residual * scaled).sum())
-    for _ in range(STEPS):
-        image = apply(direction)
-        curvature = float((direction * image).sum())
-        if curvature <= 0 or size <= 1e-4 * first:
-            break
-        step = size / curvature
-        x, residual = x + step * direction, residual - step * image
-        scaled = precondition(residual)
-        before, size = size, float((residual * scaled).sum())
-        direction = scaled + size / before * direction
-    return x
+    found = conjugate_gradients(hessian, goal, best.inner.to(core.dtype), precondition, STEPS, NEAR)
+    return found.to(best.inner.dtype)

@@ -55,8 +55,8 @@ class SpatialSvd(Method):
     def spectra(self, kernel: Kernel) -> list[Tensor]:
         return [leading_values(folded(kernel, 2).whitened)]
 
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        return [folded(kernel, 2).weight.movedim(1, 0).flatten(1)]
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        return [[folded(Kernel(weight), 2).weight.movedim(1, 0).flatten(1)]]
 
 
 def _narrow(kernel: Sequence[int]) -> str | None:

@@ -6,6 +6,7 @@ W (O, I·k) ≈ U Uᵀ W        reduce: Uᵀ W (r, I, *k)        expand: U (O, r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,10 +21,7 @@ class ConvSvd(Method):
     """Zhang et al. 2015 (arXiv:1505.06798), section 3.1."""
 
     def limits(self, shape: Shape) -> Ranks:
-        features = 1
-        for size in shape[1:]:
-            features *= size
-        return (min(shape[0], features),)
+        return (min(shape[0], prod(shape[1:])),)
 
     def shapes(self, shape: Shape, ranks: Ranks) -> list[Shape]:
         return [(ranks[0], *shape[1:]), (shape[0], ranks[0], *(1 for _ in shape[2:]))]
@@ -37,8 +35,8 @@ class ConvSvd(Method):
     def spectra(self, kernel: Kernel) -> list[Tensor]:
         return [kernel.basis[1]]
 
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        return [kernel.matrix]
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        return [[weight.flatten(1)]]
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from surgery import Operator
 
 from .chain import parameter
-from .descent import lowered
-from .kernel import Kernel
+from .descent import Form, fitted
+from .kernel import Kernel, squared_values
 from .method import Method, Ranks, Shape
 
 if TYPE_CHECKING:
     from .cost import Geometry
 
 aten = torch.ops.aten
-SWEEPS, STEPS = 2, 8
-"""Of the descent in the metric of the outputs."""
+STEPS = 8
+"""Of the descent in the metric of the outputs, for one core in one round."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,15 @@ class TensorTrain(Method):
         return round(geometry.rows * sum(prod(core) * times for core, times in zip(cores, calls, strict=True)))
 
     def decompose(self, kernel: Kernel, ranks: Ranks) -> Train:
-        """Where the outputs count: the better of the trains near to the weight and near to it in the separable part of
-        the metric, brought down in the metric itself."""
         outputs, inputs = self._sizes(tuple(kernel.weight.shape))
-        found = _nearest(kernel.weight, outputs, inputs, ranks[0])
+
+        def near(weight: Tensor) -> list[Tensor]:
+            return _nearest(weight.flatten(1), outputs, inputs, ranks[0])
+
         if kernel.covariance is None or ranks >= self.limits(tuple(kernel.weight.shape)):
-            return Train(tuple(found))
+            return Train(tuple(near(kernel.weight)))
         split = Kernel(kernel.weight.reshape(-1, *inputs), kernel.covariance)
-        seen = split.separated
-        starts = [_each(split.uncoloured, found), _nearest(seen.weight.flatten(1), outputs, inputs, ranks[0])]
-        starts = [lowered(seen, start, assembled, _undoing, 1, STEPS) for start in starts]
-        best = min(starts, key=lambda start: seen.error(assembled(start)))
-        return Train(tuple(_each(split.coloured, lowered(seen, best, assembled, _undoing, SWEEPS, STEPS))))
+        return Train(tuple(fitted(split, Form(assembled, _undoing, _each, STEPS), near)))
 
     def random(self, shape: Shape, ranks: Ranks) -> Train:
         generator = torch.Generator().manual_seed(0)
@@ -90,9 +87,9 @@ class TensorTrain(Method):
     def spectra(self, kernel: Kernel) -> list[Tensor]:
         """Squared singular values, added up over the places where the train couples."""
         found = torch.zeros(self.limits(tuple(kernel.weight.shape))[0], dtype=torch.float64)
-        for matrix in self.unfoldings(kernel):
-            short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-            values = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0)
+        split = Kernel(kernel.weight.reshape(-1, *self._sizes(tuple(kernel.weight.shape))[1]), kernel.covariance)
+        for matrix in self.unfoldings(split.whitened.flatten(1))[0]:
+            values = squared_values(matrix)
             found[: len(values)] += values
         return [found]
 
@@ -101,19 +98,10 @@ class TensorTrain(Method):
         the metric (Oseledets 2011, theorem 2.2), and with two cores the value."""
         return [min(1.0, (self.cores - 1) * lost) for lost in super().estimates(kernel, choices)]
 
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        """One matrix for every place where the train couples."""
-        outputs, inputs = self._sizes(tuple(kernel.weight.shape))
-        weight = Kernel(kernel.weight.reshape(-1, *inputs), kernel.covariance).whitened
-        paired = _paired(weight.flatten(1), outputs, inputs)
-        return [paired.flatten(2 * n).flatten(0, 2 * n - 1) for n in range(1, self.cores)]
-
-    def ranks_by_vbmf(self, kernel: Kernel, step: int) -> Ranks:
-        """The highest of the unfoldings' ranks."""
-        from .vbmf import evbmf_rank
-
-        rank = max(1, *map(evbmf_rank, self.unfoldings(kernel)))
-        return (min(-(-rank // step) * step, *self.limits(tuple(kernel.weight.shape))),)
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        """One matrix for every place where the train couples: they share one rank."""
+        paired = _paired(weight, *self._sizes(tuple(weight.shape)))
+        return [[paired.flatten(2 * n).flatten(0, 2 * n - 1) for n in range(1, self.cores)]]
 
     def _sizes(self, shape: Shape) -> tuple[Shape, Shape]:
         """o_1 ≥ … ≥ o_d and i_1 ≤ … ≤ i_d: in this order the cores cost least."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .chain import Chain, Stage
+from .engine import Engine
 from .kernel import Kernel
 from .method import Method, Ranks, Shape
 from .projection import folded, kept, leading_values, project
@@ -26,6 +27,7 @@ class Tucker2(Method):
     """Kim et al. 2016 (arXiv:1511.06530), section 3.1."""
 
     names: ClassVar[tuple[str, ...]] = ("rank_out", "rank_in")
+    engine: Engine = "own"
 
     def obstacle(self, module: nn.Module) -> str | None:
         pointwise = prod(getattr(module, "kernel_size", ())) == 1
@@ -47,9 +49,10 @@ class Tucker2(Method):
 
     def decompose(self, kernel: Kernel, ranks: Ranks) -> Chain:
         shape = tuple(kernel.weight.shape)
-        found = project(folded(kernel, 1), *_useful(shape, ranks))
-        outer, inner = found.outer, None if found.inner is None else found.inner.T
-        factors = [("reduce", inner), ("core", found.core), ("expand", outer)]
+        rank_out, rank_in = _useful(shape, ranks)
+        found = project(folded(kernel, 1), rank_out, rank_in, self.engine)
+        inner = None if found.inner is None else found.inner.T
+        factors = [("reduce", inner), ("core", found.core), ("expand", found.outer)]
         named = [(name, factor) for name, factor in factors if factor is not None]
         shapes = self.shapes(shape, ranks)
         return Chain(tuple(Stage(name, _padded(f, made)) for (name, f), made in zip(named, shapes, strict=True)))
@@ -64,8 +67,8 @@ class Tucker2(Method):
     def spectra(self, kernel: Kernel) -> list[Tensor]:
         return [kernel.basis[1], leading_values(folded(kernel, 1).whitened)]
 
-    def unfoldings(self, kernel: Kernel) -> list[Tensor]:
-        return [kernel.matrix, kernel.weight.movedim(1, 0).flatten(1)]
+    def unfoldings(self, weight: Tensor) -> list[list[Tensor]]:
+        return [[weight.flatten(1)], [weight.movedim(1, 0).flatten(1)]]
 
 
 def _useful(shape: Shape, ranks: Ranks) -> Ranks:

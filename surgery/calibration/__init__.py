@@ -8,6 +8,7 @@ from .compare import Aim
 from .moments import Moments, Regression
 from .ranges import Histogram, Range
 from .service import Calibration
+from .solving import conjugate_gradients
 from .sweep import Step, Task
 from .unfolding import weight_matrix
 
@@ -24,6 +25,7 @@ __all__ = [
     "Task",
     "Want",
     "affine_maps",
+    "conjugate_gradients",
     "gram_bytes",
     "weight_matrix",
 ]

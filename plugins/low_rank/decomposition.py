@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ class Study:
         return Kernel(self.target.weight)
 
 
-class Operation:
+class Decomposition:
     """One application of a decomposition to `model`, which it edits."""
 
     def __init__(self, options: LowRank, model: CapturedModel, context: Context) -> None:
@@ -165,9 +166,9 @@ class Operation:
     def _own(self, targets: list[Target]) -> tuple[dict[str, Rung], dict[str, str]]:
         """The ranks of every layer by itself, or why it stays."""
         ranks, why_not = {}, {}
-        for study in self._studies(targets) if self.chooser.needs_kernel else [Study(t) for t in targets]:
-            kernel = study.kernel(self.in_outputs) if self.chooser.needs_kernel else None
-            found = self.chooser.own(kernel, study.target.geometry)
+        by_outputs = self.in_outputs and self.chooser.needs_metric
+        for study in self._studies(targets) if by_outputs else map(Study, targets):
+            found = self.chooser.own(study.kernel(by_outputs), study.target.geometry)
             if isinstance(found, Rung) and (slow := self._slow(study.target, found)):
                 found = slow
             if isinstance(found, str):
@@ -281,12 +282,11 @@ class Operation:
 
         def finish() -> None:
             study, future = pending.popleft()
-            fitted, target = future.result(), study.target
-            if study.regression is not None and not self.in_outputs:
-                fitted = measured(fitted, study.regression, target.bias)
-            if target.affine is not None and study.regression is not None and fitted.bias is not None:
-                maps[target.name].put(fitted.matrix, fitted.bias.unsqueeze(0), study.regression)
-            found[target.name] = fitted
+            with self._naming(study.target):
+                fitted = future.result()
+            found[study.target.name] = self._judged(study, fitted)
+            if study.target.affine is not None and study.regression is not None and fitted.bias is not None:
+                maps[study.target.name].put(fitted.matrix, fitted.bias.unsqueeze(0), study.regression)
 
         for number, study in enumerate(self._studies(targets)):
             self.context.progress(self.options.name(), number, len(targets))
@@ -300,6 +300,20 @@ class Operation:
             finish()
         return found
 
+    def _judged(self, study: Study, fitted: Fit) -> Fit:
+        """A fit to the weight with the error of its outputs, where there are data to tell."""
+        if self.in_outputs or study.regression is None:
+            return fitted
+        return measured(fitted, study.regression, study.target.bias)
+
+    @contextmanager
+    def _naming(self, target: Target) -> Iterator[None]:
+        """Errors name the layer."""
+        try:
+            yield
+        except PassError as error:
+            raise PassError(f"{target.name}: {error.problem}", at=self.place, fix=error.fix) from error
+
     def _in_turn(
         self, model: CapturedModel, targets: list[Target], ranks: Mapping[str, Rung]
     ) -> tuple[dict[str, Fit], list[Edit]]:
@@ -312,7 +326,8 @@ class Operation:
             self.context.progress(self.options.name(), number, len(steps))
             name, affine = task.layer.name, maps[task.layer.name]
             if name in known:
-                found[name] = self._fitted(task, known[name], ranks[name])
+                with self._naming(known[name]):
+                    found[name] = self._fitted(task, known[name], ranks[name])
                 bias = found[name].bias
                 assert bias is not None
                 affine.put(found[name].matrix, bias.unsqueeze(0), task.regression)
