@@ -112,7 +112,7 @@ def _validated(raw: Any, place: str) -> Recipe:
         return Recipe.model_validate(normal)
     except ValidationError as error:
         raise RecipeError(
-            describe(error.errors()[0], Recipe.model_fields), at=place, fix="`surgery schema` prints the schema"
+            describe(error.errors(), Recipe.model_fields), at=place, fix="`surgery schema` prints the schema"
         ) from error
 
 
@@ -149,7 +149,7 @@ def build_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
         return adapter(cls).validate_json(json.dumps(dict(options)), strict=True)  # strict: no "2" for 2
     except ValidationError as error:
         raise RecipeError(
-            describe(error.errors()[0], known), fix=f"`surgery show {cls.name()}` explains the options"
+            describe(error.errors(), known), fix=f"`surgery show {cls.name()}` explains the options"
         ) from error
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error), fix=f"`surgery show {cls.name()}` explains the options") from error
@@ -160,8 +160,14 @@ def adapter(cls: type[Pass]) -> TypeAdapter[Pass]:
     return TypeAdapter(cls)
 
 
-def describe(error: ErrorDetails, known: Any) -> str:
-    """One pydantic complaint in a sentence: where, what was given, what is expected."""
+def describe(errors: Sequence[ErrorDetails], known: Any) -> str:
+    """pydantic's first complaint in a sentence: where, what was given, what is expected. Where a value may be of
+    several kinds it complains once for each, and all are named."""
+    error = errors[0]
+    alike = [e for e in errors if e["loc"][:-1] == error["loc"][:-1] and e["input"] == error["input"]]
+    if len(alike) > 1 and len(error["loc"]) > 1:
+        expected = " or ".join(e["msg"].removeprefix("Input should be ") for e in alike)
+        return f"{'.'.join(map(str, error['loc'][:-1]))}: should be {expected}, got {error['input']!r}"
     where = ".".join(str(part) for part in error["loc"]) or "value"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where!r}{did_you_mean(where, known)}"

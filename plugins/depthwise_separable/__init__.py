@@ -54,9 +54,10 @@ class DepthwiseSeparable(Pass):
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         if self.calibrate or self.sequential:
             context.require_calibration(self.name())
-        convolutions = [layer for layer in surgery.layers(model) if layer.type.startswith("Conv")]
+        layers = surgery.layers(model)
+        convolutions = [layer for layer in layers if layer.type.startswith("Conv")]
         chosen, skips = [], []
-        for layer in self.selected(surgery.layers(model)):
+        for layer in self.selected(layers):
             if layer not in convolutions:
                 continue
             why = self._obstacle(model, layer, is_first=layer is convolutions[0])

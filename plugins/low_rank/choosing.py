@@ -105,7 +105,7 @@ class Chooser:
         Raises:
             PassError: it cannot be met within `TOLERANCE`; says how far it goes.
         """
-        wholes = [own.geometry.macs if measure == "macs" else own.geometry.weights for own in ladders]
+        wholes = [own.geometry.cost(measure) for own in ladders]
         rest = whole - unit * sum(wholes)
         layers = [options(own.rungs, cost, own.scale, measure) for own, cost in zip(ladders, wholes, strict=True)]
         chosen, cost = allocate(layers, (target * whole - rest) / unit)
@@ -115,7 +115,7 @@ class Chooser:
                 f"{measure}: {target:g} cannot be met, {left:.3g} is as far as it goes with every layer at its lowest"
                 f" rank ({rest / whole:.3g} belongs to layers that it leaves alone)",
                 at=self.place,
-                fix="ask for less, or leave fewer layers out; the skips say why",
+                fix="give a larger share, leave fewer layers out, or add a pass for the other layers",
             )
         found = {
             own.name: picked

@@ -55,6 +55,10 @@ class Geometry:
     def weights(self) -> int:
         return prod(self.shape)
 
+    def cost(self, measure: str) -> int:
+        """MACs, or weights for parameters and bytes."""
+        return self.macs if measure == "macs" else self.weights
+
     @property
     def rows(self) -> float:
         """Of a linear layer: how many it is given per sample of the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from surgery import (
     Task,
 )
 
+from .allocation import TOLERANCE
 from .choosing import Chooser, Ladder, shown
 from .cost import Geometry, Rung
 from .fitting import Fit, fit, judged, measured
@@ -117,7 +119,7 @@ class Decomposition:
             ranks, error = self._least(targets, self.options.output_error)
             notes = (f"error of the outputs on the calibration data: {error:.4g}",)
         elif self.options.budget is not None:
-            ranks = self._within(targets, *self.options.budget)
+            ranks, notes = self._within(targets, *self.options.budget)
         else:
             ranks, why_not = self._own(targets)
             self.chooser.check_ranks(ranks, why_not)
@@ -125,6 +127,8 @@ class Decomposition:
         named = {skip.layer for skip in skips}
         left = [t.name for t in targets if t.name not in ranks and t.name not in named]
         skips += [Skip(name, self.slower.get(name, "the budget leaves it as it is")) for name in left]
+        if not targets and not skips:
+            notes = (f"no {self.method.types} layer is among those that are selected",)
         edits = self._apply(self.model, targets, ranks)
         return PassReport(tuple(edits), tuple(skips), notes)
 
@@ -185,19 +189,29 @@ class Decomposition:
         return None if gain > 1 else f"rank {shown(rung.ranks)} is no faster in ONNX Runtime: {gain:.2f} times as fast"
 
     def _ladders(self, targets: list[Target], measure: str) -> list[Ladder]:
-        ladders = []
-        for number, study in enumerate(self._studies(targets)):
+        """What every layer may become; estimating the errors is work for the executor."""
+        ladders: list[Ladder] = []
+        pending: deque[Future[Ladder]] = deque()
+        for number, study in enumerate(self._studies(targets) if self.in_outputs else map(Study, targets)):
             self.context.progress("ranks", number, len(targets))
-            kernel = study.kernel(self.in_outputs)
+            kernel, own = study.kernel(self.in_outputs), study.target
             scale = kernel.energy / study.scale if study.scale else 1.0
-            ladders.append(self.chooser.ladder(study.target.name, kernel, study.target.geometry, scale, measure))
-        return ladders
+            pending.append(self.context.submit(self.chooser.ladder, own.name, kernel, own.geometry, scale, measure))
+            if len(pending) > (PENDING if self.context.executor else 0):
+                ladders.append(pending.popleft().result())
+        return [*ladders, *(job.result() for job in pending)]
 
-    def _within(self, targets: list[Target], measure: str, share: float) -> dict[str, Rung]:
+    def _within(self, targets: list[Target], measure: str, share: float) -> tuple[dict[str, Rung], tuple[str, ...]]:
+        """The ranks for a budget, and a note where they leave more than a hundredth of it unused."""
         whole = surgery.measure(self.before, self.before.inputs)
         cost = {"macs": whole.macs, "parameters": whole.parameters, "bytes": whole.parameter_bytes}[measure]
         unit = whole.parameter_bytes / max(1, whole.parameters) if measure == "bytes" else 1.0
-        return self._spread(targets, self._ladders(targets, measure), cost, measure, share, unit)
+        ranks = self._spread(targets, self._ladders(targets, measure), cost, measure, share, unit)
+        saved = unit * sum(t.geometry.cost(measure) - ranks[t.name].cost(measure) for t in targets if t.name in ranks)
+        left = 1 - saved / cost
+        if left >= share * (1 - TOLERANCE):
+            return ranks, ()
+        return ranks, (f"{measure}: {left:.3g} of the model is left; no ranks come nearer to {share:g} from below",)
 
     def _spread(
         self, targets: list[Target], ladders: list[Ladder], whole: int, measure: str, share: float, unit: float = 1.0
@@ -218,12 +232,14 @@ class Decomposition:
         ladders, whole = self._ladders(targets, "macs"), surgery.measure(self.before, self.before.inputs).macs
         low, high = self.chooser.lowest(ladders, whole), 1.0
         best: tuple[dict[str, Rung], float] = {}, 0.0
+        least = math.inf
         share = low
         for _ in range(TRIALS):
             ranks = self._spread(targets, ladders, whole, "macs", share)
             trial = surgery.snapshot(self.before)
             self._apply(trial, targets, ranks)
             error = self._error_of(trial)
+            least = min(least, error) if ranks else least
             if error <= limit:
                 best, high = (ranks, error), share
                 if share == low or error >= limit * (1 - CLOSE):
@@ -231,6 +247,12 @@ class Decomposition:
             else:
                 low = share
             share = (low + high) / 2
+        if not best[0]:
+            raise PassError(
+                f"output_error: {limit:g} cannot be met by any ranks, {least:.3g} is as near as it goes",
+                at=self.place,
+                fix="allow more, or leave the pass out",
+            )
         return best
 
     def _error_of(self, trial: CapturedModel) -> float:
@@ -318,7 +340,7 @@ class Decomposition:
         self, model: CapturedModel, targets: list[Target], ranks: Mapping[str, Rung]
     ) -> tuple[dict[str, Fit], list[Edit]]:
         """Layer by layer, each from the inputs that the layers before it give by now. Layers that keep their form are
-        solved anew too. In the sweep a layer has its factors' product for a weight."""
+        solved anew too, once one before them does not. In the sweep a layer has its factors' product for a weight."""
         maps, known = self._maps(model), {target.name: target for target in targets}
         steps = [a.step() for a in maps.values() if a.layer.name in known or self._may_change(a.layer)]
         found, resolved = {}, []
@@ -331,7 +353,7 @@ class Decomposition:
                 bias = found[name].bias
                 assert bias is not None
                 affine.put(found[name].matrix, bias.unsqueeze(0), task.regression)
-            else:
+            elif found:
                 errors = dict(zip(("error_before", "error_after"), affine.solve(task), strict=True))
                 resolved.append(Edit(name, "weights solved anew", errors))
         return found, resolved
