@@ -110,8 +110,8 @@ class Cp(LowRank):
     comes out is checked: components that grow and cancel (Phan et al. 2020, arXiv:2008.05441) are an error.
 
     `engine: tensorly` has TensorLy's `parafac` do each round of least squares, from the same start, with the same
-    regularisation and tolerance. One's own rounds are 2.5 (64 channels) to 65 times (512 channels) as fast: they
-    multiply by the kernel twice and never form it unfolded beside Khatri-Rao products.
+    regularisation and tolerance. One's own rounds take less time the larger the kernel is: they multiply by it twice
+    and never form it unfolded beside Khatri-Rao products.
     """
 
     iterations: Annotated[int, Field(ge=1, description="most rounds of alternating least squares")] = 50

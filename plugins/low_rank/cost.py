@@ -105,8 +105,7 @@ def ladder(
     """The choices that cost less than the layer, in the other measure no more, and less than all that lose no more;
     cheapest first."""
     costs = (rung(method, geometry, ranks, 0.0) for ranks in method.choices(geometry.shape, step, most))
-    whole = geometry.macs if measure == "macs" else geometry.weights
-    cheaper = [own for own in costs if own.cost(measure) < whole and own.fits(geometry)]
+    cheaper = [own for own in costs if own.cost(measure) < geometry.cost(measure) and own.fits(geometry)]
     errors = method.estimates(kernel, [own.ranks for own in cheaper])
     rungs = [replace(own, error=error) for own, error in zip(cheaper, errors, strict=True)]
     rungs.sort(key=lambda r: (r.cost(measure), r.error))

@@ -41,8 +41,6 @@ from .timing import Stopwatch
 
 PENDING = 8
 """Layers that wait for an executor at a time; each holds its covariance."""
-ROUNDS = 2
-"""Of the fit through a ReLU."""
 TRIALS = 10
 """Most models that are tried for `output_error`."""
 CLOSE = 0.01
@@ -368,7 +366,7 @@ class Decomposition:
         weight, regression = target.scaled, task.regression
         found = fit(self.method, weight, rung.ranks, regression)
         current = regression
-        for _ in range(ROUNDS if task.step.rectified else 0):
+        for _ in range(task.rounds):
             current = task.rectified(found.matrix, current.bias(found.matrix))
             found = fit(self.method, weight, rung.ranks, current)
         return judged(found.factors, weight, regression, current.bias(found.matrix)[0])

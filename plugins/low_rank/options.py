@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -90,8 +90,3 @@ class LowRank(Pass):
         from .decomposition import Decomposition
 
         return Decomposition(self, model, context).run()
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The option that says how much, as it was given."""
-        return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}

@@ -24,10 +24,6 @@ aten = torch.ops.aten
 ALL: Mapping[int, Tensor] = MappingProxyType({})
 
 
-RECTIFIED_ROUNDS = 2
-"""Of the fit through a ReLU."""
-
-
 @dataclass(frozen=True)
 class Affine:
     """`norm`: the BatchNorm that alone reads the layer, or None. `end`: the node that gives the map's value."""
@@ -72,7 +68,7 @@ class Affine:
         matrix = regression.solve(present, ridge)
         error = regression.error(matrix, regression.bias(matrix))
         current = regression
-        for _ in range(RECTIFIED_ROUNDS if task.step.rectified else 0):
+        for _ in range(task.rounds):
             current = task.rectified(matrix, current.bias(matrix))
             matrix = current.solve(present, ridge)
         self.put(matrix, current.bias(matrix), regression)

@@ -77,6 +77,11 @@ class Task:
             joint.add(torch.cat([rows, target], 2))
         return Regression.of(joint.finish(), groups_and_features(self.layer.module)[1])
 
+    @property
+    def rounds(self) -> int:
+        """Of `rectified` that are worth it: none where no ReLU follows."""
+        return RECTIFIED_ROUNDS if self.step.rectified else 0
+
     def rectified(self, weight: Tensor, bias: Tensor) -> Regression:
         """The same where a ReLU follows, next to a solution W (groups, outputs, features), b (groups, outputs).
 
@@ -152,6 +157,8 @@ class Task:
         return max(1, rows // max(ROWS, 32 * features)) // 2 * 2 + 1
 
 
+RECTIFIED_ROUNDS = 2
+"""Of the fit through a ReLU."""
 ROWS = 2**16
 """More rows than this (and 32 per feature) add time and no knowledge to a least squares task."""
 

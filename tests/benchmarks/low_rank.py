@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 from accuracy import SHARED, Bench, note
-from models import TOOL, chosen, drop_auxiliary_heads, in_a_line, isolated, leaves, load_tool
+from models import TOOL, chosen, drop_auxiliary_heads, in_a_line, isolated, leaves, load_tool, onnx_parity
 from surgery_plugins.low_rank import surgery_passes
 from surgery_plugins.low_rank.chain import Stage, composed
 from torch import nn
@@ -286,16 +285,6 @@ def merged(layer: surgery.Layer, result: CapturedModel) -> nn.Module:
     module.weight = nn.Parameter(composed(stages))
     module.bias = parts[-1].bias
     return module  # type: ignore[no-any-return]
-
-
-def onnx_parity(result: CapturedModel) -> tuple[float, float]:
-    from surgery.export.onnx import export_onnx
-    from surgery.parity import parity
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(result, result.inputs, Path(folder) / "model.onnx")
-        found = parity(result, path, [result.inputs])
-    return found.relative_error, found.bound
 
 
 def arguments() -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from surgery.captured import CapturedModel
+from surgery.export.onnx import export_onnx
+from surgery.parity import parity
 
 TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
@@ -103,6 +108,14 @@ def _answer(sender: Connection, action: Callable[..., Any], arguments: tuple[Any
     except Exception as error:
         answer = in_a_line(error), None
     sender.send(answer)
+
+
+def onnx_parity(model: CapturedModel) -> tuple[float, float]:
+    """Largest deviation of ONNX Runtime from PyTorch on the example, relative, and its bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(model, model.inputs, Path(folder) / "model.onnx")
+        found = parity(model, path, [model.inputs])
+    return found.relative_error, found.bound
 
 
 def in_a_line(error: Exception, width: int = 110) -> str:

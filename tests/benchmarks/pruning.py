@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from models import TOOL, chosen, isolated, leaves, load_tool, timed
+from models import TOOL, chosen, isolated, leaves, load_tool, onnx_parity, timed
 from surgery_plugins.prune_filters import PruneFilters
 from torch import Tensor, nn
 from torch_pruning_worker import VERSION, Rival
@@ -191,16 +190,6 @@ def removal_error(captured: CapturedModel, pruned: CapturedModel, removed: Seque
     pairs = [(actual, masked), (masked, untouched)]
     error, moved = (max(relative_error(a, b) for a, b in zip(x, y, strict=True)) for x, y in pairs)
     return error, moved
-
-
-def onnx_parity(pruned: CapturedModel) -> tuple[float, float]:
-    from surgery.export.onnx import export_onnx
-    from surgery.parity import parity
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(pruned, pruned.inputs, Path(folder) / "model.onnx")
-        result = parity(pruned, path, [pruned.inputs])
-    return result.relative_error, result.bound
 
 
 def completed(row: Row, tool: ModuleType, options: argparse.Namespace) -> Row:
