@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .calibration import Task as Task
     from .calibration import affine_maps as affine_maps
     from .calibration import conjugate_gradients as conjugate_gradients
+    from .calibration import error_feedback as error_feedback
     from .calibration import gram_bytes as gram_bytes
+    from .calibration import weight_from_matrix as weight_from_matrix
     from .calibration import weight_matrix as weight_matrix
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from .channels import Shrinking as Shrinking
     from .channels import Value as Value
     from .channels import find_channels as find_channels
+    from .computed import dense as dense
+    from .computed import make_dense as make_dense
+    from .computed import replace_weight as replace_weight
+    from .computed import weight_of as weight_of
     from .context import Context as Context
     from .contract import snapshot as snapshot
     from .criteria import Criterion as Criterion
@@ -52,11 +58,8 @@ if TYPE_CHECKING:
     from .export.onnx import export_onnx as export_onnx
     from .export.source import export_source as export_source
     from .graph import Layer as Layer
-    from .graph import Operator as Operator
-    from .graph import bypass as bypass
     from .graph import layers as layers
     from .graph import matches as matches
-    from .graph import replace_layer as replace_layer
     from .graph import shape as shape
     from .graph import sharing as sharing
     from .graph import tied as tied
@@ -66,6 +69,10 @@ if TYPE_CHECKING:
     from .measurement import measure as measure
     from .names import set_module as set_module
     from .onnx_latency import onnx_latency as onnx_latency
+    from .packing.codec import Codec as Codec
+    from .packing.reading import Pack as Pack
+    from .packing.unpacking import unpack as unpack
+    from .packing.writing import pack as pack
     from .passes import Edit as Edit
     from .passes import Pass as Pass
     from .passes import PassReport as PassReport
@@ -73,6 +80,9 @@ if TYPE_CHECKING:
     from .pipeline import Operation as Operation
     from .pipeline import operate as operate
     from .registry import Registry as Registry
+    from .replacement import Operator as Operator
+    from .replacement import bypass as bypass
+    from .replacement import replace_layer as replace_layer
     from .verification import verify as verify
 
 _HOME = {
@@ -86,7 +96,9 @@ _HOME = {
         "Task",
         "affine_maps",
         "conjugate_gradients",
+        "error_feedback",
         "gram_bytes",
+        "weight_from_matrix",
         "weight_matrix",
     ),
     "captured": ("CapturedModel", "capture"),
@@ -102,6 +114,7 @@ _HOME = {
         "Value",
         "find_channels",
     ),
+    "computed": ("dense", "make_dense", "replace_weight", "weight_of"),
     "context": ("Context",),
     "contract": ("snapshot",),
     "criteria": ("Criterion",),
@@ -120,16 +133,21 @@ _HOME = {
     ),
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "Operator", "bypass", "layers", "matches", "replace_layer", "shape", "sharing", "tied"),
+    "graph": ("Layer", "layers", "matches", "shape", "sharing", "tied"),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),
     "measurement": ("measure",),
     "names": ("set_module",),
     "onnx_latency": ("onnx_latency",),
+    "packing.codec": ("Codec",),
+    "packing.reading": ("Pack",),
+    "packing.unpacking": ("unpack",),
+    "packing.writing": ("pack",),
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
     "registry": ("Registry",),
+    "replacement": ("Operator", "bypass", "replace_layer"),
     "verification": ("verify",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

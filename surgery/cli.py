@@ -196,7 +196,7 @@ def show(name: str, as_json: bool) -> None:
 )
 @as_json
 def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
-    """Compare two models: run folders, model.py files or .onnx files. A is the reference."""
+    """Compare two models: run folders, model.py, .surgery or .onnx files. A is the reference."""
     from .data import Data
     from .report import proof
     from .specs import inputs_from
@@ -211,6 +211,64 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
     print_result(verification.to_dict(), [proof(verification.to_dict())], as_json)
     if not verification.passed:
         raise BudgetError("; ".join(verification.shortfalls))
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File to write; by default model.surgery beside the source."
+)
+@click.option("--codec", default="huffman", show_default=True, help="Entropy coder.")
+@as_json
+def pack(source: Path, out: Path | None, codec: str, as_json: bool) -> None:
+    """Write SOURCE (a run folder, or a model.py with its weights beside it) as one lossless file to ship."""
+    from .packing.listing import listing
+    from .packing.reading import Pack
+    from .packing.writing import pack as write
+
+    path = write(source, out, codec=codec)
+    with Pack(path) as content:
+        found = listing(content)
+    print_result(found.to_dict(), [found.total()], as_json)
+    if not as_json:
+        click.echo(f"\nFile: {path}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--list", "only_list", is_flag=True, help="Print what is in the pack, and write nothing.")
+@click.option(
+    "--limit-bytes", type=int, help="What the content may take in memory; by default 1 GiB or 256 times the file."
+)
+@as_json
+def unpack(file: Path, folder: Path | None, only_list: bool, limit_bytes: int | None, as_json: bool) -> None:
+    """Write model.py, its weights and its recipe from the pack FILE into FOLDER; or list what is in it."""
+    from .packing.listing import listing
+    from .packing.reading import Pack
+    from .packing.unpacking import unpack as write
+
+    if only_list == (folder is not None):
+        raise SurgeryError("nothing to do, or two things at once", fix="give either a FOLDER or --list")
+    with Pack(file, limit_bytes=limit_bytes) as content:
+        found = listing(content)
+    files = write(file, folder, limit_bytes=limit_bytes) if folder is not None else ()
+    written = {"files": [str(path) for path in files]} if folder is not None else {}
+    print_result(found.to_dict() | written, [found.table()] if only_list else [], as_json)
+    if files and not as_json:
+        click.echo("\n".join(map(str, files)))
+
+
+@cli.command()
+@as_json
+def codecs(as_json: bool) -> None:
+    """Installed entropy coders of packs."""
+    from .registry import Registry
+    from .report import Table
+
+    rows = tuple((name, cls.summary()) for name, cls in Registry.load().codecs.items())
+    keys = ("codec", "summary")
+    print_result([dict(zip(keys, row, strict=True)) for row in rows], [Table("Codecs", keys, rows)], as_json)
 
 
 @cli.command()

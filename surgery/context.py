@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .captured import CapturedModel
     from .channels import Channels
     from .criteria import Criterion
+    from .passes import Pass
     from .registry import Registry
 
 Progress = Callable[[str, int, int], None]
@@ -105,6 +106,14 @@ class Context:
                 fix="give surgery.Data(training=…), batches of (inputs, target); or choose another criterion",
             )
         return criterion
+
+    def find_pass(self, name: str) -> type[Pass]:
+        """The pass of this name, for a pass that builds on another: `find_pass(name)().apply(model, context)`.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
+        return self._plugins.find_pass(name)
 
     @cached_property
     def _plugins(self) -> Registry:

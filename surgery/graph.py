@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .inputs import Inputs
-from .names import get_attribute, set_module
-from .vocabulary import stand_in
+from .names import get_attribute
+from .operands import constants, expression, stand_in
+from .vocabulary import arguments
 
 
 @dataclass(frozen=True)
@@ -25,53 +25,54 @@ class Layer:
     `module` holds weights and options; it is registered at `name` for module calls, and a stand-in that shares the
     parameters for a functional call such as `F.conv2d(x, self.w)` (`functional` is then true).
     `nodes` are its call sites in order of execution.
+    `computed` names the tensors that the weight is computed from in the graph, such as a codebook and indices; () for
+    an ordinary weight. The stand-in's weight is then computed when its values are first read.
     """
 
     name: str
     module: nn.Module
     nodes: tuple[fx.Node, ...]
     functional: bool = False
+    computed: tuple[str, ...] = ()
 
     @property
     def type(self) -> str:
         return type(self.module).__name__
 
-
-class Operator(nn.Module):
-    """`target(value, *args)`, or `target(value, parameter, *args)`: what `replace_layer` writes as a call of the
-    operator and not of a module."""
-
-    def __init__(
-        self, target: torch._ops.OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None
-    ) -> None:
-        super().__init__()
-        self.target, self.args, self.parameter = target, args, parameter
-
-    def forward(self, value: Tensor) -> Any:
-        own = () if self.parameter is None else (self.parameter,)
-        return self.target(value, *own, *self.args)
+    @property
+    def weight_node(self) -> fx.Node | None:
+        """What a functional call reads as its weight."""
+        weight = arguments(self.nodes[0]).get("weight") if self.functional else None
+        return weight if isinstance(weight, fx.Node) else None
 
 
 def layers(model: fx.GraphModule) -> list[Layer]:
     """Every layer that owns parameters or running statistics, in order of first execution."""
     found: dict[str, Layer] = {}
     for node in model.graph.nodes:
-        functional = node.op == "call_function"
-        if node.op == "call_module":
-            name, module = str(node.target), model.get_submodule(str(node.target))
-        elif functional and (view := stand_in(model, node)) is not None:
-            name, module = view
-        else:
+        layer = _layer(model, node)
+        if layer is None or next(chain(layer.module.parameters(), layer.module.buffers()), None) is None:
             continue
-        if next(chain(module.parameters(), module.buffers()), None) is None:
-            continue
-        known = found.get(name)
-        if known and (known.functional != functional or known.module.extra_repr() != module.extra_repr()):
-            name = f"{name}@{node.name}"
+        known = found.get(layer.name)
+        if known and not _same(known, layer):
+            layer = replace(layer, name=f"{layer.name}@{node.name}")
             known = None
-        nodes = (*known.nodes, node) if known else (node,)
-        found[name] = Layer(name, known.module if known else module, nodes, functional)
+        found[layer.name] = replace(known, nodes=(*known.nodes, node)) if known else layer
     return list(found.values())
+
+
+def _layer(model: fx.GraphModule, node: fx.Node) -> Layer | None:
+    if node.op == "call_module":
+        return Layer(str(node.target), model.get_submodule(str(node.target)), (node,))
+    view = stand_in(model, node) if node.op == "call_function" else None
+    return None if view is None else Layer(view[0], view[1], (node,), functional=True, computed=view[2])
+
+
+def _same(a: Layer, b: Layer) -> bool:
+    """Whether two calls under one name are calls of one layer."""
+    computed = bool(a.computed or b.computed)
+    options = a.functional == b.functional and a.module.extra_repr() == b.module.extra_repr()
+    return options and (not computed or a.weight_node is b.weight_node)
 
 
 def matches(layer: Layer, pattern: str) -> bool:
@@ -81,103 +82,38 @@ def matches(layer: Layer, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in (*names, layer.type))
 
 
-def sharing(model: fx.GraphModule, layer: Layer) -> str | None:
-    """Why `layer` may not be changed on its own (called twice, or its parameters belong to others too), or None."""
-    return f"called {len(layer.nodes)} times" if len(layer.nodes) > 1 else tied(model, layer)
+def sharing(model: fx.GraphModule, layer: Layer, computed: bool = False) -> str | None:
+    """Why `layer` may not be changed on its own, or None: it is called twice, or `tied` has a reason."""
+    return f"called {len(layer.nodes)} times" if len(layer.nodes) > 1 else tied(model, layer, computed)
 
 
-def tied(model: fx.GraphModule, layer: Layer) -> str | None:
-    """Why `layer` may not be changed at all its calls (its parameters belong to others too), or None."""
-    own = {id(p) for p in layer.module.parameters()}
-    called = tuple(f"{n.target}." for n in model.graph.nodes if n.op == "call_module")
-    aliases = [
-        name
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in own and (name.startswith(called) if layer.functional else not name.startswith(f"{layer.name}."))
-    ]
-    if aliases:
-        return f"shares its parameters with {aliases[0]}"
+def tied(model: fx.GraphModule, layer: Layer, computed: bool = False) -> str | None:
+    """Why `layer` may not be changed at all its calls, or None: its parameters belong to others too, or its weight is
+    computed in the graph. With `computed` the latter is no reason."""
+    if layer.computed and not computed:
+        return f"its weight is computed from {', '.join(layer.computed)}"
+    own = {id(p) for p in layer.module.parameters()} | {id(get_attribute(model, name)) for name in layer.computed}
+    if alias := _alias(model, layer, own):
+        return f"shares its parameters with {alias}"
     readers = {n for n in model.graph.nodes if n.op == "get_attr" and id(get_attribute(model, str(n.target))) in own}
-    outside = [user for reader in readers for user in reader.users if user not in layer.nodes]
+    inside = {*layer.nodes, *weight_expression(layer)}
+    outside = [user for reader in readers for user in reader.users if user not in inside]
     return f"shares its parameters with node {outside[0].name}" if outside else None
 
 
-def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Module]) -> None:
-    """Put the modules `parts`, called one after the other, where `layer` was called; an `Operator` as its call.
-
-    `parts`, of an operator its parameter, are registered below the layer's name (`{"depthwise": …}` →
-    `features.3.depthwise`); a single part named "" takes the layer's own name. Training mode follows the model's.
-    """
-    base = layer.name.replace("@", "_")
-    released = _release(model, layer) if layer.functional else []
-    while layer.functional and _exists(model, base):
-        base = f"{base}_{layer.type.lower()}"
-    if list(parts) != [""]:
-        set_module(model, base, nn.Module().train(model.training))
-    named = {f"{base}.{suffix}" if suffix else base: part for suffix, part in parts.items()}
-    for name, part in named.items():
-        if not isinstance(part, Operator):
-            set_module(model, name, part.train(model.training))
-        elif part.parameter is not None:
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path).register_parameter(leaf, part.parameter)
-    for node in layer.nodes:
-        _replace_call(model.graph, node, base, named)
-    for reader in released:
-        model.graph.erase_node(reader)
-    if layer.functional:
-        remove_unused(model)
+def _alias(model: fx.GraphModule, layer: Layer, own: set[int]) -> str | None:
+    """Another name of one of the layer's parameters, in another layer."""
+    called = tuple(f"{n.target}." for n in model.graph.nodes if n.op == "call_module")
+    for name, p in model.named_parameters(remove_duplicate=False):
+        elsewhere = name.startswith(called) if layer.functional else not name.startswith(f"{layer.name}.")
+        if id(p) in own and elsewhere:
+            return name
+    return None
 
 
-def _release(model: fx.GraphModule, layer: Layer) -> list[fx.Node]:
-    """Take the parameters that only this functional layer reads off the model, so that their name is free.
-
-    Their readers come back: they must go once nothing uses them.
-    """
-    inputs = {node.args[0] for node in layer.nodes}
-    readers = dict.fromkeys(n for node in layer.nodes for n in node.all_input_nodes if n.op == "get_attr")
-    released = []
-    for reader in readers:
-        name = str(reader.target)
-        others = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == name and n is not reader]
-        if reader not in inputs and not others and all(user in layer.nodes for user in reader.users):
-            path, _, leaf = name.rpartition(".")
-            delattr(model.get_submodule(path), leaf)
-            released.append(reader)
-    return released
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    try:
-        get_attribute(model, name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str, nn.Module]) -> None:
-    value = node.args[0]
-    with graph.inserting_before(node):
-        for name, part in parts.items():
-            if isinstance(part, Operator):
-                own = () if part.parameter is None else (graph.get_attr(name),)
-                value = graph.call_function(part.target, (value, *own, *part.args))
-            else:
-                value = graph.call_module(name, (value,))
-            value.meta["module_path"] = path if isinstance(part, Operator) else name
-    assert isinstance(value, fx.Node)
-    if "tensor_meta" in node.meta:
-        value.meta["tensor_meta"] = node.meta["tensor_meta"]
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
-
-
-def bypass(model: fx.GraphModule, node: fx.Node) -> None:
-    """Remove `node`; its users read its first input."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    node.replace_all_uses_with(source)
-    model.graph.erase_node(node)
+def weight_expression(layer: Layer) -> list[fx.Node]:
+    """The nodes that compute the layer's weight."""
+    return expression(layer.weight_node) if layer.computed and layer.weight_node else []
 
 
 def remove_unused(model: fx.GraphModule) -> None:
@@ -206,13 +142,23 @@ def leaf_inputs(inputs: Inputs) -> list[Any]:
 
 
 class Recorder(fx.Interpreter):
-    """Runs a captured graph and shows every node's value to `see(node, value)`."""
+    """Runs a captured graph and shows every node's value to `see(node, value)`.
+
+    What no input decides is computed in the first run only: edit no weight between two runs.
+    """
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self._constants = {node for node in constants(model.graph) if node.op != "get_attr"}
+        self._known: dict[fx.Node, Any] = {}
 
     def see(self, node: fx.Node, value: Any) -> None:
         raise NotImplementedError
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = self._known[n] if n in self._known else super().run_node(n)
+        if n in self._constants:  # those that only constants read are not needed again
+            self._known[n] = value if any(user not in self._constants for user in n.users) else None
         self.see(n, value)
         return value
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .channels import ChannelRule
     from .criteria import Criterion
+    from .packing.codec import Codec
     from .passes import Pass
 
 hookspec = pluggy.HookspecMarker("surgery")
@@ -57,4 +58,13 @@ def surgery_channel_rules() -> Mapping[Any, ChannelRule]:  # type: ignore[empty-
 
     Without a rule nothing that such an operator sees can be removed. The first plugin by name wins where two describe
     the same.
+    """
+
+
+@hookspec
+def surgery_codecs() -> Sequence[type[Codec]]:  # type: ignore[empty-body]
+    """Entropy coders of packs.
+
+    Each derives from `surgery.Codec`; its name in files is the class name in snake case and must be unique over all
+    plugins.
     """

@@ -20,21 +20,43 @@ from .errors import ModelError
 _SHOWN = 5
 
 
-def load(path: str | Path) -> nn.Module:
-    """The model of a run folder, or of a `model.py` with its weights beside it; in eval mode, ready to train further.
+def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
+    """The model of a run folder, of a `model.py` with its weights beside it, or of a pack; in eval mode, ready to train
+    further.
 
     The source is run (it is a Python program: load only what you would import), without being left in `sys.modules`.
+    `limit_bytes`: of a pack, see `surgery.Pack`; from a pack nothing is written to disk.
 
     Raises:
-        ModelError: nothing to load there, the weights are missing or do not fit, or the source fails.
+        ModelError: nothing to load there, the weights are missing, damaged or do not fit, or the source fails.
     """
-    file = _model_file(Path(path))
+    from .packing.container import is_pack
+
+    if is_pack(Path(path)) or Path(path).suffix == ".surgery":
+        return _load_pack(Path(path), limit_bytes)
+    file = model_file(Path(path))
+    return _run(file.read_text(encoding="utf-8"), file)
+
+
+def _load_pack(path: Path, limit_bytes: int | None) -> nn.Module:
+    from .packing.reading import Pack
+    from .packing.standing_in import standing_in
+
+    with Pack(path, limit_bytes=limit_bytes) as content:
+        return _run(content.source, path / "model.py", standing_in(content))
+
+
+def _run(text: str, file: Path, replaced: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model that the source `text` loads; names in `replaced` stand in for those that it imports."""
     module = ModuleType(f"surgery_model_{file.stem}_{abs(hash(file.resolve())):x}")
     module.__file__ = str(file.resolve())
     sys.modules[module.__name__] = module
     try:
-        exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), module.__dict__)
+        exec(compile(text, str(file), "exec"), module.__dict__)
+        module.__dict__.update(replaced or {})
         loaded = module.load()
+    except ModelError:
+        raise
     except FileNotFoundError as error:
         raise ModelError(str(error), at=str(file), fix="put the weights file back beside the source") from error
     except (RuntimeError, KeyError, SafetensorError) as error:
@@ -52,7 +74,8 @@ def load(path: str | Path) -> nn.Module:
     return loaded
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
+    """The source in a run folder, or at `path`; ModelError where there is none."""
     file = path / "model.py" if path.is_dir() else path
     if not file.is_file():
         looked = (

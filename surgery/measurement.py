@@ -36,6 +36,8 @@ class Measurement:
     macs: int
     """Multiply-accumulates of one forward call with one sample."""
     parameter_bytes: int
+    stored_bytes: int
+    """Of parameters and of buffers that a state_dict holds, such as the indices of shared weights."""
     by_module: dict[str, int] = field(default_factory=dict)
     """MACs by qualified module name, those of its children included. A module called under two names has one entry."""
 
@@ -69,8 +71,15 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
         parameters=sum(p.numel() for p in parameters),
         macs=total // samples,
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        stored_bytes=_stored_bytes(model),
         by_module={name: macs // samples for name, macs in by_module.items()},
     )
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    """Every tensor once."""
+    kept = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def latency(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -23,10 +24,11 @@ from .export.runtime import runtime_session
 from .export.source import export_source
 from .inputs import Inputs
 from .measurement import Latency, Measurement, latency, measure
+from .packing.writing import pack
 from .passes import PassReport
 from .recipe import Plan, resolve
 from .registry import Registry
-from .runs import RunFolder, run_key
+from .runs import RunFolder, run_key, writing
 from .verification import Verification, verify
 
 
@@ -86,7 +88,7 @@ def operate(
     with _folder(out) as folder:
         run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
         original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress, plugins, executor)
-        files = _write_files(run, plan, original, result, progress)
+        files = _write_files(run, plan, original, result, progress, plugins)
         progress("verify", 0, 1)
         verification = _verify(plan, original, result, given, files.get("model.onnx"))
         operation = Operation(
@@ -134,7 +136,12 @@ def _run_steps(
 
 
 def _write_files(
-    run: RunFolder, plan: Plan, original: CapturedModel, result: CapturedModel, progress: Progress
+    run: RunFolder,
+    plan: Plan,
+    original: CapturedModel,
+    result: CapturedModel,
+    progress: Progress,
+    registry: Registry,
 ) -> dict[str, Path]:
     provenance = {"recipe": plan.recipe.name, "recipe_sha256": plan.hash, "surgery": __version__}
     run.write(
@@ -151,7 +158,18 @@ def _write_files(
         progress("model.py", 0, 1)
         for path in export_source(result, run.path, header=provenance):
             files[path.name] = path
+    if "pack" in plan.recipe.export:
+        progress("model.surgery", 0, 1)
+        files["model.surgery"] = _write_pack(run.path, result, provenance, registry)
     return files
+
+
+def _write_pack(folder: Path, result: CapturedModel, provenance: dict[str, str], registry: Registry) -> Path:
+    """From the source of this very model, whether the recipe asks for that too or not."""
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as scratch:
+        export_source(result, scratch, header=provenance)
+        shutil.copy(folder / "recipe.lock.yaml", scratch)
+        return pack(scratch, folder / "model.surgery", registry=registry)
 
 
 def _verify(plan: Plan, original: CapturedModel, result: CapturedModel, data: Data, onnx: Path | None) -> Verification:

@@ -19,7 +19,7 @@ from .registry import Registry, did_you_mean
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Format = Literal["onnx", "source"]
+Format = Literal["onnx", "source", "pack"]
 
 
 class Budget(BaseModel):

@@ -16,6 +16,7 @@ import pluggy
 from . import hooks
 from .criteria import Criterion, check_criterion
 from .errors import PluginError, RecipeError
+from .packing.codec import Codec, check_codec
 from .passes import Pass, check_class
 
 GROUP = "surgery"
@@ -30,7 +31,7 @@ class Provided:
 
 
 class Registry:
-    """Passes, recipes, criteria and channel rules, by name."""
+    """Passes, recipes, criteria, codecs and channel rules, by name."""
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
         """Only the given plugin objects (modules or instances with hook implementations)."""
@@ -61,6 +62,10 @@ class Registry:
     @property
     def criteria(self) -> dict[str, type[Criterion]]:
         return {name: provided.value for name, provided in sorted(self._criteria.items())}
+
+    @property
+    def codecs(self) -> dict[str, type[Codec]]:
+        return {name: provided.value for name, provided in sorted(self._codecs.items())}
 
     @property
     def channel_rules(self) -> dict[Any, Any]:
@@ -126,6 +131,7 @@ class Registry:
         self._passes = self._gather("surgery_passes", _pass_name)
         self._recipes = self._gather("surgery_recipes", _recipe_name)
         self._criteria = self._gather("surgery_criteria", _criterion_name)
+        self._codecs = self._gather("surgery_codecs", _codec_name)
 
     def _gather(self, hook: str, name_of: Any) -> dict[str, Provided]:
         found: dict[str, Provided] = {}
@@ -174,6 +180,10 @@ def _pass_name(value: Any, plugin: str) -> str:
 
 def _criterion_name(value: Any, plugin: str) -> str:
     return check_criterion(value, f"plugin {plugin}").name()
+
+
+def _codec_name(value: Any, plugin: str) -> str:
+    return check_codec(value, f"plugin {plugin}").name()
 
 
 def _recipe_name(value: Any, plugin: str) -> str:

@@ -93,6 +93,9 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
     rows.append(_row("MACs", before["macs"], after["macs"]))
     if "model.onnx" in summary["bytes"]:
         rows.append(_row("ONNX bytes", summary["bytes"]["original.onnx"], summary["bytes"]["model.onnx"]))
+    if "model.surgery" in summary["bytes"]:
+        dense = 4 * before["parameters"]
+        rows.append(_row("pack bytes (before: float32)", dense, summary["bytes"]["model.surgery"]))
     times = timings["onnxruntime_latency"]
     if times:
         low, high = times["result"]["quartiles"]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .captured import CapturedModel
+from .computed import dense
 from .errors import InputError
 from .export.runtime import OnnxModel
 from .export.tensor_names import named_inputs, named_outputs
@@ -27,7 +29,10 @@ def running(model: Model, *, signature: Model | None = None, device: str = "cpu"
 
     A module runs in eval mode on `device`, as a copy if it lives elsewhere, and is given a clone of the batch.
     An ONNX file knows its inputs by name alone; `signature`, a module with the same arguments, says which is which.
+    Weights that a captured model computes are computed once.
     """
+    if isinstance(model, CapturedModel):
+        model = dense(model)
     if isinstance(model, OnnxModel):
         yield lambda batch: _run_file(model, batch, signature)
         return

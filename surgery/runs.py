@@ -2,7 +2,7 @@
 
 run.json                     what the folder belongs to: hashes of recipe, model and inputs
 steps/0-capture/             state and report of each finished step; older states are dropped, reports stay
-model.onnx model.py model.safetensors recipe.lock.yaml report.json report.md report.html timings.json
+model.onnx model.py model.safetensors model.surgery recipe.lock.yaml report.json report.md report.html timings.json
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .names import get_attribute
-
 aten = torch.ops.aten
 
 
@@ -213,28 +211,3 @@ def _repeat(value: Any, rank: int) -> tuple[int, ...]:
 
 
 DROPOUT_RULES = {rule for target, rule in RULES.items() if "dropout" in str(target)}
-
-
-def stand_in(model: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module] | None:
-    """Name and module view of a functional call whose weights are `get_attr` operands; None for every other call."""
-    rule = RULES.get(node.target)
-    if rule is None or rule in DROPOUT_RULES:
-        return None
-
-    def value(ref: Any) -> Tensor:
-        if not isinstance(ref, fx.Node) or ref.op != "get_attr":
-            raise NotRaised
-        tensor = get_attribute(model, str(ref.target))
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    try:
-        raised = rule(arguments(node), None, value)
-        tensors = {role: value(ref) for role, ref in raised.roles.items() if ref is not None}
-    except (NotRaised, StopIteration, KeyError):
-        return None
-    if not tensors:
-        return None
-    first = next(ref for ref in raised.roles.values() if ref is not None)  # the weight, where there is one
-    name = str(first.target)
-    return name.removesuffix(".weight").removesuffix(".running_mean"), raised.build(tensors).train(model.training)

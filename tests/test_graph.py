@@ -9,21 +9,9 @@ from torch import nn
 
 from surgery import RecipeError
 from surgery.captured import capture
-from surgery.graph import (
-    Layer,
-    Operator,
-    bypass,
-    layers,
-    leaf_inputs,
-    matches,
-    propagate,
-    remove_unused,
-    replace_layer,
-    shape,
-    sharing,
-    tied,
-)
+from surgery.graph import Layer, layers, leaf_inputs, matches, propagate, remove_unused, shape, sharing, tied
 from surgery.names import get_attribute, set_module, tensors
+from surgery.replacement import Operator, bypass, replace_layer
 from surgery.testing import NETWORKS
 
 

@@ -25,7 +25,8 @@ from surgery.captured import CapturedModel, capture, relative_error
 from surgery.context import Context
 from surgery.data import Data
 from surgery.errors import InputError, PassError, RecipeError, SurgeryError
-from surgery.graph import layers, replace_layer
+from surgery.graph import layers
+from surgery.replacement import replace_layer
 from surgery.measurement import measure
 from surgery.passes import Pass, PassReport
 from surgery.recipe import resolve

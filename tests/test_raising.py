@@ -12,7 +12,8 @@ from surgery.captured import capture
 from surgery.names import submodule
 from surgery.raising import module_path
 from surgery.testing import NETWORKS, randomise
-from surgery.vocabulary import arguments, stand_in
+from surgery.operands import stand_in
+from surgery.vocabulary import arguments
 
 aten = torch.ops.aten
 
@@ -194,10 +195,10 @@ def test_a_stand_in_shares_its_parameters_and_follows_the_mode():
     captured = NETWORKS["functional_conv"].captured().train()
     calls = [node for node in captured.graph.nodes if node.target is aten.conv2d.default]
     views = [stand_in(captured, node) for node in calls]
-    assert [name for name, _ in views] == ["weight", "pointwise"]
+    assert [(name, computed) for name, _, computed in views] == [("weight", ()), ("pointwise", ())]
     assert views[0][1].weight is captured.weight
     assert views[1][1].bias is captured.shift
-    assert all(type(module) is nn.Conv2d and module.training for _, module in views)
+    assert all(type(module) is nn.Conv2d and module.training for _, module, _ in views)
     assert all(stand_in(captured, node) is None for node in captured.graph.nodes if node not in calls)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from .affine import Affine, affine_maps
 from .collect import Statistics, Want, gram_bytes
 from .compare import Aim
+from .feedback import error_feedback
 from .moments import Moments, Regression
 from .ranges import Histogram, Range
 from .service import Calibration
 from .solving import conjugate_gradients
 from .sweep import Step, Task
-from .unfolding import weight_matrix
+from .unfolding import weight_from_matrix, weight_matrix
 
 __all__ = [
     "Affine",
@@ -26,6 +27,8 @@ __all__ = [
     "Want",
     "affine_maps",
     "conjugate_gradients",
+    "error_feedback",
     "gram_bytes",
+    "weight_from_matrix",
     "weight_matrix",
 ]

@@ -74,15 +74,17 @@ class Affine:
         self.put(matrix, current.bias(matrix), regression)
         return regression.error(present, regression.bias(present)), error
 
-    def put(self, matrix: Tensor, bias: Tensor, regression: Regression) -> None:
-        """Make the map W' x + b', W' (groups, outputs, features), b' (groups, outputs).
+    def put(self, matrix: Tensor, bias: Tensor, regression: Regression, gain: Tensor | None = None) -> None:
+        """Make the map g W' x + b', W' (groups, outputs, features), b' and the gain g (groups, outputs).
 
-        A BatchNorm gets the statistics of its new input and undoes them, so that it stays one that can be trained on.
+        A BatchNorm gets the statistics of its new input and undoes them, so that it stays one that can be trained on;
+        it takes the gain. Without one the gain must be None, which is 1.
         """
         module: Any = self.layer.module
         module.weight = _like(module.weight, weight_from_matrix(module, matrix))
         flat = bias.reshape(-1)
         if self.norm is None:
+            assert gain is None, "a gain needs a BatchNorm"
             module.bias = _like(module.bias if module.bias is not None else module.weight, flat)
             return
         if module.bias is not None:
@@ -91,8 +93,9 @@ class Affine:
         mean = (matrix @ regression.x_mean.unsqueeze(2)).reshape(-1)
         variance = ((matrix @ regression.xx) * matrix).sum(2).reshape(-1).clamp_min(0)
         norm.running_mean, norm.running_var = mean.to(norm.running_mean), variance.to(norm.running_var)
-        norm.weight = _like(norm.weight, torch.sqrt(norm.running_var.double() + norm.eps))
-        norm.bias = _like(norm.bias, mean + flat)
+        scale = torch.ones_like(mean) if gain is None else gain.reshape(-1).to(mean)
+        norm.weight = _like(norm.weight, scale * torch.sqrt(norm.running_var.double() + norm.eps))
+        norm.bias = _like(norm.bias, scale * mean + flat)
 
 
 def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:

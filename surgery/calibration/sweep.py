@@ -25,6 +25,7 @@ from ..captured import CapturedModel
 from ..errors import PluginError
 from ..graph import Layer, leaf_inputs
 from ..inputs import Inputs
+from ..operands import constants
 from ..tracing import evaluating
 from .compare import Aim, target_of
 from .moments import Moments, Regression, Scatter
@@ -211,6 +212,7 @@ class _Lockstep(fx.Interpreter):
         self._readers = {node: len(node.users) for node in model.graph.nodes}
         for name in pinned:
             self._readers[self.nodes[name]] += 1
+        self._constants = constants(model.graph)
         self._placeholders = 0
 
     def run_to(self, name: str, *, inclusive: bool) -> None:
@@ -223,6 +225,9 @@ class _Lockstep(fx.Interpreter):
     def _run_next(self) -> None:
         node = self._todo.pop(0)
         for env, leaves in zip(self.values, self._leaves, strict=True):
+            if node in self._constants and env is not self.values[0]:
+                env[node] = self.values[0][node]
+                continue
             self.env = env
             env[node] = leaves[self._placeholders] if node.op == "placeholder" else self.run_node(node)
         self._placeholders += node.op == "placeholder"

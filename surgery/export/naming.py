@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from ..operands import constants, sources
 from .subscripts import is_scalar, rank
 
 # What a statement binds: one value, several of a tuple, nothing (None) at a place.
@@ -193,10 +194,13 @@ def _keep_soon_reused(values: Values, bindings: dict[str, list[int]]) -> None:
 
 
 def _wishes(values: Values) -> dict[fx.Node, str]:
-    """`q`, `k`, `v` and `attn` around attention."""
+    """`q`, `k`, `v` and `attn` around attention, `weight` for what is computed from weights alone."""
     wishes: dict[fx.Node, str] = {}
+    weights = constants(values.output.graph)
     for statement in values.statements:
         node = statement.node
+        if node in weights and sources(node):
+            wishes[node] = "weight"
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             for argument, name in zip(node.args, "qkv", strict=False):
                 _wish(values, wishes, argument, name)

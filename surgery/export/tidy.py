@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from math import prod
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from .folding import may_fold
 from .tensor_names import fresh
-
-FOLDING_MAY_ADD_BYTES = 2**10
-VECTOR_MAY_ADD_BYTES = 2**16
 
 
 def tidy(model: ir.Model, names: list[str]) -> None:
     """Folds constants, merges equal weights, gives inputs and outputs their `names`, drops stack traces."""
-    optimizer.optimize_ir(model, should_fold=_may_fold)
+    optimizer.optimize_ir(model, should_fold=may_fold)
     _make_contiguous(model.graph)
     common.DeduplicateHashedInitializersPass()(model)
     for name, weight in list(model.graph.initializers.items()):
@@ -30,24 +27,6 @@ def tidy(model: ir.Model, names: list[str]) -> None:
         value.metadata_props.clear()
         value.doc_string = None
     model.graph.metadata_props.clear()
-
-
-def _may_fold(node: ir.Node) -> bool | None:
-    """False where the result is larger than the constants it replaces, such as weights looked up in a codebook.
-
-    Vectors may grow, since biases are made by expanding a zero, and fusing them needs their values.
-    """
-    constants = {v for v in node.inputs if v is not None and v.const_value is not None and len(v.uses()) == 1}
-    before = sum(v.const_value.nbytes for v in constants if v.const_value is not None)
-    after = sum(_bytes(value) for value in node.outputs)
-    is_vector = node.op_type != "Range" and all(v.shape is not None and v.shape.rank() <= 1 for v in node.outputs)
-    return False if after > before + (VECTOR_MAY_ADD_BYTES if is_vector else FOLDING_MAY_ADD_BYTES) else None
-
-
-def _bytes(value: ir.Value) -> float:
-    if value.shape is None or value.dtype is None or not value.shape.is_static():
-        return 0
-    return prod(value.shape.numpy()) * value.dtype.itemsize
 
 
 def _make_contiguous(graph: ir.Graph) -> None:

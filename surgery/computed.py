@@ -1,0 +1,205 @@
+"""Weights that the graph computes at every forward from smaller tensors, by plain aten operators.
+
+    conv(x)   →   conv2d(x, f(codebook, indices), bias)
+
+Training, state, source and ONNX need nothing new for them: f is part of the graph. The exporter keeps what would grow
+when folded, and ONNX Runtime folds it when it loads the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+from .captured import CapturedModel
+from .contract import snapshot
+from .errors import PluginError
+from .graph import Layer, layers, remove_unused
+from .names import get_attribute, set_module, submodule
+from .operands import evaluate, lowered
+from .replacement import erase, release, replace_layer
+from .vocabulary import arguments
+
+_REMEDY = "compute the weight by operators of torch from the tensors given, without writing in place"
+
+
+def weight_of(model: fx.GraphModule, layer: Layer) -> Tensor:
+    """The layer's weight, detached, as an ordinary tensor."""
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def replace_weight(
+    model: CapturedModel, layer: Layer, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Have the weight of `layer` computed as `function(**tensors)` at every forward, at all its call sites.
+
+    Parameters among `tensors` are trained, other tensors become buffers. They stand below the layer's name
+    (`features.3.codebook`) beside its bias; a single one takes the name of the weight itself, so that the keys of the
+    state_dict stay. What the weight was or was computed from is dropped.
+
+    Raises:
+        PluginError: `function` gives another shape or type than the weight has, or does what a graph cannot hold (values
+            that are no single tensor, writing in place, tensors of its own); or
+            the layer is neither a convolution nor linear.
+    """
+    traced = _traced(layer, function, tensors)
+    _check(layer, function(**{name: tensor.detach() for name, tensor in tensors.items()}))
+    old = _weight_name(layer)
+    released = _make_room(model, layer)
+    names = [old] if len(tensors) == 1 else [f"{_container(model, _home(layer))}.{name}" for name in tensors]
+    for name, tensor in zip(names, tensors.values(), strict=True):
+        _register(model, name, tensor)
+    _put_last(model, _home(layer), "bias")
+    nodes = list(layer.nodes) if layer.functional else _functional_calls(model, layer)
+    with model.graph.inserting_before(min(nodes)):
+        weight = _inlined(model, traced, [model.graph.get_attr(name) for name in names], layer.name)
+    for node in nodes:
+        _set_weight(node, weight)
+    erase(model.graph, released)
+    remove_unused(model)
+
+
+def dense(model: CapturedModel) -> CapturedModel:
+    """`model` itself, or a copy where it computes weights: they are ordinary ones of ordinary layers there. The outputs
+    are the same bit for bit."""
+    if not any(layer.computed for layer in layers(model)):
+        return model
+    copied = snapshot(model)
+    for layer in [layer for layer in layers(copied) if layer.computed]:
+        make_dense(copied, layer)
+    copied.recompile()
+    return copied
+
+
+def make_dense(model: CapturedModel, layer: Layer) -> None:
+    """Give `layer`, whose weight is computed, that weight as an ordinary one. It can be trained where what it was
+    computed from could be."""
+    weight: Any = layer.module.weight
+    layer.module.weight = nn.Parameter(weight.detach(), weight.requires_grad)
+    replace_layer(model, layer, {"": layer.module})
+
+
+def _traced(layer: Layer, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> fx.Graph:
+    """`function` as a graph of aten operators whose placeholders are `tensors` in order."""
+
+    def positional(*values: Tensor) -> Tensor:
+        return function(**dict(zip(tensors, values, strict=True)))
+
+    try:
+        values = [tensor.detach() for tensor in tensors.values()]
+        graph: fx.Graph = make_fx(positional, pre_dispatch=True)(*values).graph
+    except Exception as error:
+        raise PluginError(f"the weight cannot be computed: {error}", at=layer.name, fix=_REMEDY) from error
+    for node in graph.nodes:
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if writes or node.op in ("get_attr", "call_module"):
+            what = f"{node.target} writes in place" if writes else "it holds a tensor that is not among those given"
+            raise PluginError(f"the weight cannot be computed in a graph: {what}", at=layer.name, fix=_REMEDY)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _check(layer: Layer, result: Tensor) -> None:
+    if lowered(layer.module) is None:
+        raise PluginError(f"{layer.type} has no weight that could be computed", at=layer.name)
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    if result.shape != weight.shape or result.dtype != weight.dtype:
+        raise PluginError(
+            f"the weight computed is {tuple(result.shape)} {result.dtype}, the layer's is {tuple(weight.shape)} "
+            f"{weight.dtype}",
+            at=layer.name,
+        )
+
+
+def _home(layer: Layer) -> str:
+    return layer.name.replace("@", "_")
+
+
+def _weight_name(layer: Layer) -> str:
+    """The name that the weight has, or had before it was computed."""
+    if layer.functional and not layer.computed:
+        return str(layer.weight_node.target)  # type: ignore[union-attr]
+    return layer.computed[0] if len(layer.computed) == 1 else f"{_home(layer)}.weight"
+
+
+def _make_room(model: CapturedModel, layer: Layer) -> list[fx.Node]:
+    """Take the old weight, and what it was computed from, off the model; nodes to erase in the end."""
+    if layer.functional:
+        return release(model, layer, weight_only=True)
+    container = nn.Module().train(model.training)
+    if layer.module.bias is not None:
+        container.register_parameter("bias", layer.module.bias)  # type: ignore[arg-type]
+    set_module(model, layer.name, container)
+    return []
+
+
+def _container(model: nn.Module, path: str) -> str:
+    """`path` as a plain container, under another name where it is taken."""
+    try:
+        found = get_attribute(model, path)
+    except AttributeError:
+        set_module(model, path, nn.Module().train(model.training))
+        return path
+    return path if type(found) is nn.Module else _container(model, f"{path}_weight")
+
+
+def _register(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    home = model.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        home.register_parameter(leaf, tensor)
+    else:
+        home.register_buffer(leaf, tensor)
+
+
+def _put_last(model: nn.Module, path: str, key: str) -> None:
+    """A parameter `key` behind those that its container got later, where torch.nn has it."""
+    home = submodule(model, path)
+    if home is not None and key in home._parameters:
+        home.register_parameter(key, home._parameters.pop(key))
+
+
+def _functional_calls(model: CapturedModel, layer: Layer) -> list[fx.Node]:
+    """Calls of an operator in place of those of the module; their weight is still to be set."""
+    call = lowered(layer.module)
+    assert call is not None
+    made = []
+    for node in layer.nodes:
+        with model.graph.inserting_before(node):
+            bias = None if layer.module.bias is None else model.graph.get_attr(f"{layer.name}.bias")
+            new = model.graph.call_function(call.target, (node.args[0], node.args[0], bias, *call.args))
+        new.meta = {**node.meta, "module_path": layer.name}
+        node.replace_all_uses_with(new)
+        model.graph.erase_node(node)
+        made.append(new)
+    return made
+
+
+def _set_weight(node: fx.Node, weight: fx.Node) -> None:
+    names = list(arguments(node))
+    if "weight" in node.kwargs:
+        node.update_kwarg("weight", weight)
+    else:
+        node.update_arg(names.index("weight"), weight)
+
+
+def _inlined(model: CapturedModel, traced: fx.Graph, readers: list[fx.Node], path: str) -> fx.Node:
+    """The nodes of `traced` in the graph of `model`, with their shapes noted; the one that gives the weight."""
+    placed: dict[fx.Node, fx.Node] = {}
+    values: dict[fx.Node, Any] = {}
+    given = iter(readers)
+    for node in [node for node in traced.nodes if node.op != "output"]:
+        new = next(given) if node.op == "placeholder" else model.graph.node_copy(node, placed.__getitem__)
+        values[new] = get_attribute(model, str(new.target)) if new.op == "get_attr" else evaluate([new], values)
+        new.meta = {"module_path": path, "tensor_meta": _extract_tensor_metadata(values[new])}
+        placed[node] = new
+    result: Any = next(node for node in traced.nodes if node.op == "output").args[0]
+    return placed[result]

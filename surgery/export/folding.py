@@ -1,0 +1,77 @@
+"""Which constants of an ONNX graph are computed when the file is written, and which when it is loaded.
+
+    Mul(weight, Cast(Not(Equal(weight, 0))))      no larger than what it is made from: computed now
+    Gather(codebook, Cast(indices))               four times as large: stays, and the runtime computes it once
+
+What is decided is the whole way from stored tensors to a result that something else reads, not each step of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import onnx_ir as ir
+
+MAY_ADD_BYTES = 2**10
+VECTOR_MAY_ADD_BYTES = 2**16
+"""Vectors may grow, since biases are made by expanding a zero, and fusing them needs their values."""
+_NOT_CONSTANT = frozenset({"RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "If", "Loop", "Scan"})
+
+
+def may_fold(node: ir.Node) -> bool:
+    """Whether every result that `node` helps to compute from constants takes no more room than what it is made from."""
+    return all(_fits(result) for result in _results(node))
+
+
+def _results(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes, `node` itself or after it, whose constant outputs something reads that is not constant."""
+    seen, todo = {node}, [node]
+    while todo:
+        current = todo.pop()
+        readers = [use.node for value in current.outputs for use in value.uses()]
+        constant = [reader for reader in readers if _is_constant(reader)]
+        if len(constant) < len(readers) or any(value.is_graph_output() for value in current.outputs):
+            yield current
+        todo += [reader for reader in constant if reader not in seen]
+        seen.update(constant)
+
+
+def _fits(node: ir.Node) -> bool:
+    """Whether the outputs of `node` are about as large as the tensors that only they are computed from, or smaller."""
+    inside, tensors, todo = {node}, set(), [node]
+    while todo:
+        for value in filter(None, todo.pop().inputs):
+            producer = value.producer()
+            if producer is None or producer.op_type == "Constant":
+                tensors.add(value)
+            elif producer not in inside:
+                inside.add(producer)
+                todo.append(producer)
+    own = [value for value in tensors if all(use.node in inside for use in value.uses())]
+    before = sum(value.const_value.nbytes for value in own if value.const_value is not None)
+    vector = all(value.shape is not None and value.shape.rank() <= 1 for value in node.outputs)
+    return sum(map(_bytes, node.outputs)) <= before + (VECTOR_MAY_ADD_BYTES if vector else MAY_ADD_BYTES)
+
+
+def _is_constant(node: ir.Node) -> bool:
+    """Whether `node` depends on stored tensors alone."""
+    seen, todo = {node}, [node]
+    while todo:
+        current = todo.pop()
+        if current.op_type in _NOT_CONSTANT:
+            return False
+        for value in filter(None, current.inputs):
+            producer = value.producer()
+            if producer is None and (value.const_value is None or value.is_graph_input()):
+                return False
+            if producer is not None and producer not in seen:
+                seen.add(producer)
+                todo.append(producer)
+    return True
+
+
+def _bytes(value: ir.Value) -> float:
+    if value.shape is None or value.dtype is None or not value.shape.is_static():
+        return 0
+    return prod(value.shape.numpy()) * value.dtype.itemsize

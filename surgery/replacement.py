@@ -1,0 +1,116 @@
+"""Other modules or operators in the place of a layer, without leaving behind what it alone read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .graph import Layer, remove_unused, weight_expression
+from .names import get_attribute, set_module
+
+
+class Operator(nn.Module):
+    """`target(value, *args)`, or `target(value, parameter, *args)`: what `replace_layer` writes as a call of the
+    operator and not of a module."""
+
+    def __init__(
+        self, target: torch._ops.OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.target, self.args, self.parameter = target, args, parameter
+
+    def forward(self, value: Tensor) -> Any:
+        own = () if self.parameter is None else (self.parameter,)
+        return self.target(value, *own, *self.args)
+
+
+def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Module]) -> None:
+    """Put the modules `parts`, called one after the other, where `layer` was called; an `Operator` as its call.
+
+    `parts`, of an operator its parameter, are registered below the layer's name (`{"depthwise": …}` →
+    `features.3.depthwise`); a single part named "" takes the layer's own name. Training mode follows the model's.
+    """
+    base = layer.name.replace("@", "_")
+    released = release(model, layer) if layer.functional else []
+    while layer.functional and _taken(model, base):
+        base = f"{base}_{layer.type.lower()}"
+    if list(parts) != [""]:
+        set_module(model, base, nn.Module().train(model.training))
+    named = {f"{base}.{suffix}" if suffix else base: part for suffix, part in parts.items()}
+    for name, part in named.items():
+        if not isinstance(part, Operator):
+            set_module(model, name, part.train(model.training))
+        elif part.parameter is not None:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path).register_parameter(leaf, part.parameter)
+    for node in layer.nodes:
+        _replace_call(model.graph, node, base, named)
+    erase(model.graph, released)
+    if layer.functional:
+        remove_unused(model)
+
+
+def release(model: fx.GraphModule, layer: Layer, weight_only: bool = False) -> list[fx.Node]:
+    """Take the tensors that only this functional layer reads off the model, so that their names are free.
+
+    Nodes that must go once the layer's calls are others come back, last first: readers, and what they compute the
+    weight by.
+    """
+    inputs = {node.args[0] for node in layer.nodes}
+    weight = layer.weight_node
+    inside = [*layer.nodes, *weight_expression(layer)]
+    read = [weight] if weight_only else [n for node in layer.nodes for n in node.all_input_nodes]
+    readers = dict.fromkeys(n for n in (*read, *weight_expression(layer)) if n is not None and n.op == "get_attr")
+    released = [node for node in weight_expression(layer) if node.op != "get_attr"]
+    for reader in readers:
+        name = str(reader.target)
+        others = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == name and n is not reader]
+        if reader not in inputs and not others and all(user in inside for user in reader.users):
+            path, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(path), leaf)
+            released.append(reader)
+    return sorted(released, reverse=True)
+
+
+def erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of `nodes`, last first, that nothing uses any more."""
+    for node in nodes:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _taken(model: nn.Module, path: str) -> bool:
+    """Whether something other than an empty container stands at `path`."""
+    try:
+        found = get_attribute(model, path)
+    except AttributeError:
+        return False
+    return type(found) is not nn.Module or any((found._parameters, found._buffers, found._modules))
+
+
+def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str, nn.Module]) -> None:
+    value = node.args[0]
+    with graph.inserting_before(node):
+        for name, part in parts.items():
+            if isinstance(part, Operator):
+                own = () if part.parameter is None else (graph.get_attr(name),)
+                value = graph.call_function(part.target, (value, *own, *part.args))
+            else:
+                value = graph.call_module(name, (value,))
+            value.meta["module_path"] = path if isinstance(part, Operator) else name
+    assert isinstance(value, fx.Node)
+    if "tensor_meta" in node.meta:
+        value.meta["tensor_meta"] = node.meta["tensor_meta"]
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def bypass(model: fx.GraphModule, node: fx.Node) -> None:
+    """Remove `node`; its users read its first input."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    model.graph.erase_node(node)
