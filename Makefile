@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank clean
+.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
 
 install: $(STAMP)
 
@@ -49,6 +49,21 @@ prune-accuracy: $(VENV)/.zoo
 
 low-rank: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/low_rank.py $(BENCH)
+
+prune-weights: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/prune_weights.py $(BENCH)
+
+kmeans-bench: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/kmeans.py $(KMEANS)
+
+deep-compression: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/deep_compression.py $(DEEP)
+
+pack-bench: install
+	$(BIN)/python tests/benchmarks/pack.py $(PACK)
+
+hashed-bench: install
+	$(BIN)/python tests/benchmarks/hashed.py $(HASHED)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -8,7 +8,7 @@ the output channels of W.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ class FoldBatchnorm(Pass):
     """
 
     exact: ClassVar[bool] = True
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         edits: list[Edit] = []

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from .replacement import Operator as Operator
     from .replacement import bypass as bypass
     from .replacement import replace_layer as replace_layer
+    from .targets import Target as Target
     from .verification import verify as verify
 
 _HOME = {
@@ -148,6 +149,7 @@ _HOME = {
     "pipeline": ("Operation", "operate"),
     "registry": ("Registry",),
     "replacement": ("Operator", "bypass", "replace_layer"),
+    "targets": ("Target",),
     "verification": ("verify",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_map_only
 
 from .captured import CapturedModel
 from .contract import snapshot
@@ -45,9 +46,8 @@ def replace_weight(
     state_dict stay. What the weight was or was computed from is dropped.
 
     Raises:
-        PluginError: `function` gives another shape or type than the weight has, or does what a graph cannot hold (values
-            that are no single tensor, writing in place, tensors of its own); or
-            the layer is neither a convolution nor linear.
+        PluginError: `function` gives another shape or type than the weight has, or does what a graph cannot hold
+            (writing in place, tensors of its own); or the layer is neither a convolution nor linear.
     """
     traced = _traced(layer, function, tensors)
     _check(layer, function(**{name: tensor.detach() for name, tensor in tensors.items()}))
@@ -172,9 +172,10 @@ def _functional_calls(model: CapturedModel, layer: Layer) -> list[fx.Node]:
     call = lowered(layer.module)
     assert call is not None
     made = []
+    with model.graph.inserting_before(layer.nodes[0]):
+        bias = None if layer.module.bias is None else model.graph.get_attr(f"{layer.name}.bias")
     for node in layer.nodes:
         with model.graph.inserting_before(node):
-            bias = None if layer.module.bias is None else model.graph.get_attr(f"{layer.name}.bias")
             new = model.graph.call_function(call.target, (node.args[0], node.args[0], bias, *call.args))
         new.meta = {**node.meta, "module_path": layer.name}
         node.replace_all_uses_with(new)
@@ -199,7 +200,8 @@ def _inlined(model: CapturedModel, traced: fx.Graph, readers: list[fx.Node], pat
     for node in [node for node in traced.nodes if node.op != "output"]:
         new = next(given) if node.op == "placeholder" else model.graph.node_copy(node, placed.__getitem__)
         values[new] = get_attribute(model, str(new.target)) if new.op == "get_attr" else evaluate([new], values)
-        new.meta = {"module_path": path, "tensor_meta": _extract_tensor_metadata(values[new])}
+        shapes = tree_map_only(Tensor, _extract_tensor_metadata, values[new])
+        new.meta = {"module_path": path, "tensor_meta": shapes}
         placed[node] = new
     result: Any = next(node for node in traced.nodes if node.op == "output").args[0]
     return placed[result]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .criteria import Criterion
     from .passes import Pass
     from .registry import Registry
+    from .targets import Target
 
 Progress = Callable[[str, int, int], None]
 """Called with what is worked on, how many are done, and how many there are."""
@@ -114,6 +115,14 @@ class Context:
             RecipeError: there is none of that name.
         """
         return self._plugins.find_pass(name)
+
+    def target(self, name: str) -> Target:
+        """What the runtime of this name computes in integers.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
+        return self._plugins.find_target(name)
 
     @cached_property
     def _plugins(self) -> Registry:

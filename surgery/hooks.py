@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .criteria import Criterion
     from .packing.codec import Codec
     from .passes import Pass
+    from .targets import Target
 
 hookspec = pluggy.HookspecMarker("surgery")
 hookimpl = pluggy.HookimplMarker("surgery")
@@ -67,4 +68,12 @@ def surgery_codecs() -> Sequence[type[Codec]]:  # type: ignore[empty-body]
 
     Each derives from `surgery.Codec`; its name in files is the class name in snake case and must be unique over all
     plugins.
+    """
+
+
+@hookspec
+def surgery_targets() -> Sequence[Target]:  # type: ignore[empty-body]
+    """Runtimes to quantise for.
+
+    Each is a `surgery.Target`; its name, which recipes give as `runtime:`, must be unique over all plugins.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,21 +40,19 @@ def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
 
 def _load_pack(path: Path, limit_bytes: int | None) -> nn.Module:
     from .packing.reading import Pack
-    from .packing.standing_in import standing_in
 
     with Pack(path, limit_bytes=limit_bytes) as content:
-        return _run(content.source, path / "model.py", standing_in(content))
+        return _run(content.source, path / "model.py", lambda module: module.build(dict(content.tensors())))
 
 
-def _run(text: str, file: Path, replaced: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model that the source `text` loads; names in `replaced` stand in for those that it imports."""
+def _run(text: str, file: Path, make: Callable[[Any], Any] = lambda module: module.load()) -> nn.Module:
+    """The model that `make` has the source `text` make."""
     module = ModuleType(f"surgery_model_{file.stem}_{abs(hash(file.resolve())):x}")
     module.__file__ = str(file.resolve())
     sys.modules[module.__name__] = module
     try:
         exec(compile(text, str(file), "exec"), module.__dict__)
-        module.__dict__.update(replaced or {})
-        loaded = module.load()
+        loaded = make(module)
     except ModelError:
         raise
     except FileNotFoundError as error:
@@ -70,7 +68,7 @@ def _run(text: str, file: Path, replaced: Mapping[str, Any] | None = None) -> nn
     finally:
         del sys.modules[module.__name__]
     if not isinstance(loaded, nn.Module):
-        raise ModelError(f"its load() gives a {type(loaded).__name__}, not a model", at=str(file))
+        raise ModelError(f"its source makes a {type(loaded).__name__}, not a model", at=str(file))
     return loaded
 
 

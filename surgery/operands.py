@@ -50,7 +50,9 @@ def stand_in(model: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module, tupl
     computed = sources(first) if first.op != "get_attr" else ()
     if computed is None or (computed and raised.cls not in _LOWERED):
         return None
-    home = computed[0].rpartition(".")[0] or computed[0] if computed else str(first.target)
+    home = computed[0] if computed else str(first.target)
+    if len(computed) > 1:
+        home = home.rpartition(".")[0] or home
     name = home.removesuffix(".weight").removesuffix(".running_mean")
     return name, raised.build(tensors).train(model.training), computed
 
@@ -107,18 +109,16 @@ _KNOWN_WITHOUT_VALUES = {
 }
 
 
-def evaluate(nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, Tensor]) -> Tensor:
-    """The value of the last of `nodes`, an `expression` whose `get_attr` nodes have the values `tensors`."""
-    values: dict[fx.Node, Any] = dict(tensors)
+def evaluate(nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> Any:
+    """The value, detached, of the last of `nodes`, an `expression` of which the values of some are `known`."""
+    values = dict(known)
     with torch.no_grad():
         for node in nodes:
             if node not in values:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
                 function: Any = node.target
                 values[node] = function(*args, **kwargs)
-    result = values[nodes[-1]]
-    assert isinstance(result, Tensor)
-    return result.detach()
+    return tree_map_only(Tensor, Tensor.detach, values[nodes[-1]])
 
 
 def _computed(model: fx.GraphModule, ref: fx.Node) -> Tensor:

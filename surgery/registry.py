@@ -18,6 +18,7 @@ from .criteria import Criterion, check_criterion
 from .errors import PluginError, RecipeError
 from .packing.codec import Codec, check_codec
 from .passes import Pass, check_class
+from .targets import Target
 
 GROUP = "surgery"
 
@@ -31,7 +32,7 @@ class Provided:
 
 
 class Registry:
-    """Passes, recipes, criteria, codecs and channel rules, by name."""
+    """Passes, recipes, criteria, codecs, targets and channel rules, by name."""
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
         """Only the given plugin objects (modules or instances with hook implementations)."""
@@ -68,6 +69,10 @@ class Registry:
         return {name: provided.value for name, provided in sorted(self._codecs.items())}
 
     @property
+    def targets(self) -> dict[str, Target]:
+        return {name: provided.value for name, provided in sorted(self._targets.items())}
+
+    @property
     def channel_rules(self) -> dict[Any, Any]:
         """By operator or class of module."""
         rules: dict[Any, Any] = {}
@@ -98,6 +103,15 @@ class Registry:
                 fix=f"known criteria: {', '.join(self.criteria)}",
             )
         return self.criteria[name]
+
+    def find_target(self, name: str) -> Target:
+        """The target of this name; RecipeError with the nearest names and the whole list where there is none."""
+        if name not in self._targets:
+            raise RecipeError(
+                f"unknown runtime {name!r}{did_you_mean(name, self._targets)}",
+                fix=f"known runtimes: {', '.join(self.targets)}",
+            )
+        return self.targets[name]
 
     def find_recipe(self, name: str) -> Traversable:
         if name not in self._recipes:
@@ -132,6 +146,7 @@ class Registry:
         self._recipes = self._gather("surgery_recipes", _recipe_name)
         self._criteria = self._gather("surgery_criteria", _criterion_name)
         self._codecs = self._gather("surgery_codecs", _codec_name)
+        self._targets = self._gather("surgery_targets", _target_name)
 
     def _gather(self, hook: str, name_of: Any) -> dict[str, Provided]:
         found: dict[str, Provided] = {}
@@ -184,6 +199,12 @@ def _criterion_name(value: Any, plugin: str) -> str:
 
 def _codec_name(value: Any, plugin: str) -> str:
     return check_codec(value, f"plugin {plugin}").name()
+
+
+def _target_name(value: Any, plugin: str) -> str:
+    if not isinstance(value, Target):
+        raise PluginError(f"surgery_targets gives {type(value).__name__}, not a surgery.Target", at=f"plugin {plugin}")
+    return value.name
 
 
 def _recipe_name(value: Any, plugin: str) -> str:

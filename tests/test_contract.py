@@ -40,7 +40,11 @@ SMALL = {"tensor_train": {"min_features": 1}}
 """Options without which a pass finds nothing large enough in the small networks."""
 
 
-@pytest.mark.parametrize("name", PASSES)
+ON_EDITED = {"densify"}
+"""Passes for what other passes leave; tests of their own see them edit."""
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in ON_EDITED])
 def test_every_installed_pass_edits_some_network(name):
     assert any(edited_networks(PASSES[name](**SMALL.get(name, {}))))
 

@@ -26,11 +26,11 @@ from surgery.context import Context
 from surgery.data import Data
 from surgery.errors import InputError, PassError, RecipeError, SurgeryError
 from surgery.graph import layers
-from surgery.replacement import replace_layer
 from surgery.measurement import measure
 from surgery.passes import Pass, PassReport
 from surgery.recipe import resolve
 from surgery.registry import Registry
+from surgery.replacement import replace_layer
 from surgery.testing import check_pass, contract_cases
 
 

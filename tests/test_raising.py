@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from surgery.captured import capture
 from surgery.names import submodule
+from surgery.operands import stand_in
 from surgery.raising import module_path
 from surgery.testing import NETWORKS, randomise
-from surgery.operands import stand_in
 from surgery.vocabulary import arguments
 
 aten = torch.ops.aten

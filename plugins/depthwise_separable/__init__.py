@@ -9,8 +9,9 @@ Stride, padding and dilation go to the depthwise convolution; each of the two ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -36,6 +37,8 @@ class DepthwiseSeparable(Pass):
     error of the layer's outputs, otherwise that of its weights; with `sequential` they also make up for the layers
     before. The network usually wants training afterwards, and with `norm_activation` it needs it.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
 
     multiplier: Annotated[int, Field(ge=1, description=_MULTIPLIER)] = 1
     norm_activation: Annotated[bool, Field(description="BatchNorm and ReLU between the two, as in MobileNet")] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -32,6 +33,7 @@ class LowRank(Pass):
     """
 
     idempotent: ClassVar[bool] = False
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
 
     rank: Annotated[
         Rank | Literal["vbmf"] | None,

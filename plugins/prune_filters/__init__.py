@@ -9,6 +9,7 @@ The channels that live or die together are found by the core (`Context.channels`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -38,6 +39,7 @@ class PruneFilters(Pass):
     """
 
     idempotent: ClassVar[bool] = False
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
 
     ratio: Annotated[Ratio | None, Field(description="share of each group's units that is removed")] = None
     macs: Annotated[Share | None, Field(description="share of the model's MACs that remains")] = None

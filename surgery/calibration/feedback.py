@@ -79,5 +79,6 @@ def _root(gram: Tensor, ridge: float) -> Tensor:
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            return lower.flip(0, 1)
+            root: Tensor = lower.flip(0, 1)
+            return root
         damping = max(10 * damping, 1e-12 * mean)

@@ -28,12 +28,15 @@ _KNOWN: dict[str, Any] = {
 }
 
 
+_TAKEN = ("Model", "load", "build", "load_file", "Path")
+
+
 @dataclass
 class _Embedded:
     """Definitions in the order in which they must stand."""
 
     definitions: list[str] = field(default_factory=list)
-    names: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("Model", "load", "load_file", "Path")))
+    names: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_TAKEN))
 
 
 def embed(classes: Iterable[type[nn.Module]]) -> list[str]:

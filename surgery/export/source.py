@@ -35,7 +35,11 @@ def load(folder: str | Path | None = None) -> Model:
     path = Path(folder or Path(__file__).parent) / {quoted}
     if not path.is_file():
         raise FileNotFoundError(f"{{path}} is missing: keep it beside the source, or give load() its folder")
-    tensors = {{name: tensor.clone() for name, tensor in load_file(path).items()}}
+    return build({{name: tensor.clone() for name, tensor in load_file(path).items()}})
+
+
+def build(tensors: dict[str, Tensor]) -> Model:
+    """The model in eval mode with these tensors, by the names of the weights file, as its own."""
 '''
 
 
@@ -127,7 +131,7 @@ def _imports(forward: Forward, text: str) -> list[str]:
     torch_lines = ["import torch"]
     torch_lines += ["import torch.nn.functional as F"] if "F." in text else []
     torch_lines.append("from safetensors.torch import load_file")
-    torch_lines.append("from torch import Tensor, nn" if "Tensor" in text else "from torch import nn")
+    torch_lines.append("from torch import Tensor, nn")
     if "torch.ops.quantized_decomposed" in text:
         torch_lines.append("from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers its operators)")
     return ["from __future__ import annotations", "", *standard, "", *torch_lines]
@@ -160,7 +164,7 @@ def _indented(lines: Any) -> Iterator[str]:
 
 
 def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
-    """The rest of `load`: what the weights file does not say as a state_dict does."""
+    """The body of `build`: what the weights file does not say as a state_dict does."""
     first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
     stored = model.state_dict(keep_vars=True)
     shared = [(name, first[id(tensor)]) for name, tensor in stored.items() if first[id(tensor)] != name]

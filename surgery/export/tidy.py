@@ -30,7 +30,7 @@ def tidy(model: ir.Model, names: list[str]) -> None:
 
 
 def _make_contiguous(graph: ir.Graph) -> None:
-    """Folded transposes are views, which cannot be hashed."""
+    """Folded transposes are views, for which there is no hash."""
     for name, value in graph.initializers.items():
         if isinstance(value.const_value, ir.Tensor) and not value.const_value.numpy().flags.c_contiguous:
             value.const_value = ir.tensor(value.const_value.numpy().copy(order="C"), value.dtype, name=name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .codec import Codec
+from .codec import BLOCK, Codec
 from .form import Codebook, Half, Planes, Representation, Sparse
 from .statistics import byte_planes, chunks, distinct, gaps, histogram, sample
 from .streams import Sink, split
@@ -65,12 +65,18 @@ def _candidates(elements: Elements, codec: Codec) -> Iterator[Candidate]:
     yield from _planes(elements, codec)
 
 
+def _cost(counts: Array, codec: Codec) -> float:
+    """Bytes of a stream whose symbols occur `counts` times: that of its blocks, each with its own code."""
+    blocks = max(1, -(-int(counts.sum()) // BLOCK))
+    return blocks * codec.cost(np.rint(counts / blocks).astype(np.int64))
+
+
 def _of_bytes(data: Array, codec: Codec, may_nest: bool) -> Iterator[Candidate]:
     counts = histogram(data, 256)
     halves = counts.reshape(16, 16).sum(0) + counts.reshape(16, 16).sum(1)
-    costs = {8: codec.cost(counts), 4: codec.cost(halves)}
+    costs = {8: _cost(counts, codec), 4: _cost(halves, codec)}
     if len(data) >= _PAIRS_FROM and costs[8] > 1.004 * Codec.cost(codec, counts):
-        costs[16] = codec.cost(histogram(split(data, 16), 1 << 16))
+        costs[16] = _cost(histogram(split(data, 16), 1 << 16), codec)
     for width, cost in costs.items():
         yield Candidate(cost + RECORD["symbols"], lambda sink, width=width: sink.symbols(data, width))  # type: ignore[misc]
     used = np.flatnonzero(counts).astype(np.uint8)
@@ -99,7 +105,7 @@ def choose_indices(indices: Array, codec: Codec) -> Candidate:
     """As `choose` for the indices of a codebook, of one or two bytes."""
     if indices.dtype.itemsize == 1:
         return choose(Elements(indices, False, may_nest=False), codec)
-    cost = codec.cost(histogram(indices, 1 << 16))
+    cost = _cost(histogram(indices, 1 << 16), codec)
     data = indices.astype("<u2").view(np.uint8)
     return Candidate(cost + RECORD["symbols"], lambda sink: sink.symbols(data, 16))
 
@@ -182,7 +188,7 @@ def _planes(elements: Elements, codec: Codec) -> Iterator[Candidate]:
 def _plane(plane: Array, codec: Codec) -> Candidate:
     """Raw or symbols, by the histogram of a sample: a byte of a mantissa is not worth more."""
     some = sample(plane, 1 << 20)
-    cost = codec.cost(histogram(some, 256)) * (len(plane) / len(some)) + RECORD["symbols"]
+    cost = _cost(histogram(some, 256), codec) * (len(plane) / len(some)) + RECORD["symbols"]
     if cost < len(plane) + RECORD["raw"]:
         return Candidate(cost, lambda sink: sink.symbols(np.ascontiguousarray(plane), 8))
     return Candidate(len(plane) + RECORD["raw"], lambda sink: sink.raw(np.ascontiguousarray(plane)))

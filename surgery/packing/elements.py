@@ -154,7 +154,7 @@ class _Sparse:
     def _look_ahead(self, until: int) -> None:
         """Know the place of every other element before `until`."""
         while self._steps and self._reached < until:
-            gaps = self._gaps.read(min(self._steps, PIECE)).astype(np.int64)
+            gaps = self._gaps.read(min(self._steps, PIECE // 8)).astype(np.int64)
             self._steps -= len(gaps)
             ends = np.cumsum(gaps + (gaps < self._largest)) + self._reached
             self._reached = int(ends[-1])

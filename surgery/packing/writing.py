@@ -42,11 +42,17 @@ def pack(
     input always gives the same bytes. On failure an older file at `path` stays as it was.
 
     Raises:
-        ModelError: nothing to pack there, or the weights are missing or damaged.
+        ModelError: nothing to pack there, the weights are missing or damaged, or the source has no `build(tensors)`.
         ExportError: there is no such codec, an element type that a pack does not know, or the file cannot be written.
     """
     file = model_file(Path(source))
     target = Path(path) if path is not None else file.with_suffix(SUFFIX)
+    if b"def build(" not in file.read_bytes():
+        raise ModelError(
+            f"{file.name} has no build(tensors), by which a pack gives it its weights",
+            at=str(file),
+            fix="export it again",
+        )
     chosen = _codec(codec, registry or Registry.load())
     weights = _weights_file(file)
     try:

@@ -1,0 +1,93 @@
+"""Compute in 8-bit integers.
+
+    before:  y = relu(conv(x, W, b))
+    after:   y₈ = relu(conv(x₈, W₈, b₃₂))        x = s_x (x₈ - z_x),   W = s_w W₈ for each output,   b = s_x s_w b₃₂
+
+targets      what a runtime computes in integers
+placement    which values become integers, so that it does
+scheme, observers, weights    their scales and zero points
+gptq, adaround, correction, equalisation    rounding that the outputs feel least
+insertion    the nodes in the graph
+quantising   the way through a model
+training     quantisers to train through
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery import Pass, PassReport, Target, hookimpl
+
+from .targets import ONNXRUNTIME_CPU
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from surgery import CapturedModel, Context, Registry
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Compute convolutions, linear layers and what stands between them in 8-bit integers.
+
+    Static quantisation (Jacob et al. 2018, arXiv:1712.05877): activations affine in unsigned integers with the ranges
+    of the calibration data, weights symmetric in signed ones per output channel, biases in 32 bits. BatchNorm is folded
+    first. The graph computes what the runtime computes in integers, rounded alike.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = frozenset({"int8"})
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the model is quantised already"}
+
+    weight_bits: Annotated[Bits, Field(description="bits of a weight; below 8 they are stored in 8 all the same")] = 8
+    activation_bits: Annotated[Bits, Field(description="bits of an activation; below 8 only in simulation")] = 8
+    runtime: Annotated[str, Field(description="where the file will run; plugins may offer more")] = "onnxruntime-cpu"
+    vnni: Annotated[
+        Literal["auto"] | bool,
+        Field(
+            description="whether the processor there adds products of 8 bits without saturation (VNNI); without it"
+            " weights keep to 7 bits. auto = as on this machine"
+        ),
+    ] = "auto"
+    observer: Annotated[
+        Literal["minmax", "percentile", "entropy", "mse"],
+        Field(description="what part of the values seen an activation's integers span"),
+    ] = "minmax"
+    per_channel: Annotated[bool, Field(description="a scale for every output channel of a weight")] = True
+
+    rounding: Annotated[
+        Literal["nearest", "gptq", "adaround"],
+        Field(
+            description="how weights become integers: each to the nearest, one after the other with the rest making up"
+            " for it (Frantar et al. 2023), or up and down as gradient descent finds best (Nagel et al. 2020)"
+        ),
+    ] = "nearest"
+    bias_correction: Annotated[
+        bool, Field(description="biases make up for the mean error on the calibration data (Nagel et al. 2019)")
+    ] = True
+    equalise: Annotated[
+        bool, Field(description="scale channels between layers so that their weights have equal ranges first")
+    ] = False
+
+    def check(self, registry: Registry) -> None:
+        registry.find_target(self.runtime)
+
+    def apply(self, model: CapturedModel, context: Context) -> PassReport:
+        from .quantising import Quantisation
+
+        return Quantisation(self, model, context).run()
+
+
+@hookimpl
+def surgery_passes() -> list[type[Pass]]:
+    return [Quantize]
+
+
+@hookimpl
+def surgery_targets() -> list[Target]:
+    return [ONNXRUNTIME_CPU]

@@ -1,0 +1,121 @@
+"""Quantise and dequantise nodes in a captured graph, and layers with integer weights and biases.
+
+    x → conv(·, W, b) → relu → y
+    x → Q → DQ → conv(·, DQ(W₈), DQ(b₃₂)) → relu → Q → DQ → y         b₃₂ at the scale s_x s_w
+
+The operators are those of `torch.ops.quantized_decomposed`, which export as QuantizeLinear and DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators)
+
+import surgery
+from surgery import CapturedModel, Layer
+
+from .placement import Placement
+from .scheme import Scheme
+
+operators = torch.ops.quantized_decomposed
+BIAS_STEPS = 2**30
+"""An int32 bias keeps to this, which leaves room for the sum it is added to."""
+
+
+def insert_pairs(placement: Placement, schemes: Mapping[fx.Node, Scheme]) -> None:
+    """Round every value of `placement` by its scheme in `schemes` (by the value that decides the scale). Activations
+    that are taken in go."""
+    graph = placement.model.graph
+    rounded = {value: placement.is_rounded(value) for value in placement.values}
+    integer = {node for node in graph.nodes if placement.is_integer(node)}
+    for value, root in placement.values.items():
+        users = [user for user in value.users if rounded[value] or user in integer]
+        pair = _pair(graph, value, schemes[root])
+        for user in users:
+            user.replace_input_with(value, pair)
+        if rounded[value] and placement.producer(value) is not value:  # the ends of the grid do what it does
+            surgery.bypass(placement.model, value)
+
+
+def is_quantised(model: CapturedModel) -> bool:
+    return any(_is_dequantise(node) for node in model.graph.nodes)
+
+
+def input_scale(node: fx.Node) -> float:
+    """The scale of what a layer's call reads."""
+    return float(_first(node).args[1])
+
+
+def integer_layer(model: CapturedModel, layer: Layer, weight: Tensor, scheme: Scheme, bias: Tensor | None) -> None:
+    """Give `layer` the integers `weight` (of its shape) by `scheme`, and int32 biases (one per call, as the scales of
+    its inputs may differ) for `bias` (outputs,)."""
+    scale = scheme.scale.expand(len(weight)).contiguous()
+    read = _integer_weight(model, layer, weight, scale, scheme)
+    if bias is None:
+        return
+    place = str(_first(read).target).rpartition(".")[0]
+    for number, node in enumerate(sorted(read.users)):
+        scales = scale * input_scale(node)
+        integers = (bias.detach().double() / scales).round().to(torch.int32)
+        suffix = f"_{number + 1}" if number else ""
+        _set_bias(model, node, {f"{place}.bias{suffix}": integers, f"{place}.bias{suffix}_scale": scales.float()})
+
+
+def _integer_weight(model: CapturedModel, layer: Layer, weight: Tensor, scale: Tensor, scheme: Scheme) -> fx.Node:
+    """The node that gives the weight to all calls of the layer."""
+    low, high = scheme.grid.low, scheme.grid.high
+    tensors = {"weight": weight.to(torch.int8), "weight_scale": scale.float()}
+    if layer.type == "Linear":  # ONNX Runtime makes no QGemm of a Gemm without
+        tensors["weight_zero"] = torch.zeros_like(scale, dtype=torch.int8)
+
+    def function(weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None = None) -> Tensor:
+        result: Tensor = operators.dequantize_per_channel(weight, weight_scale, weight_zero, 0, low, high, torch.int8)
+        return result
+
+    before = set(model.graph.nodes)
+    surgery.replace_weight(model, layer, function, tensors)
+    made: fx.Node = next(node for node in model.graph.nodes if node not in before and _is_dequantise(node))
+    return made
+
+
+def _set_bias(model: CapturedModel, node: fx.Node, tensors: Mapping[str, Tensor]) -> None:
+    graph = model.graph
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        home = model.get_submodule(path)
+        home._parameters.pop(leaf, None)
+        home.register_buffer(leaf, tensor)
+    with graph.inserting_before(node):
+        integers, scales = map(graph.get_attr, tensors)
+        limits = torch.iinfo(torch.int32)
+        bias = graph.call_function(
+            operators.dequantize_per_channel.default,
+            (integers, scales, None, 0, limits.min, limits.max, torch.int32),
+        )
+    if "bias" in node.kwargs:
+        node.update_kwarg("bias", bias)
+    else:
+        node.update_arg(2, bias)
+
+
+def _pair(graph: fx.Graph, value: fx.Node, scheme: Scheme) -> fx.Node:
+    """The rounded `value`."""
+    grid = scheme.grid
+    options = (float(scheme.scale), int(scheme.zero_point), grid.low, grid.high, torch.uint8)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1] if value.op == "placeholder" else value
+    with graph.inserting_after(last):
+        integers = graph.call_function(operators.quantize_per_tensor.default, (value, *options))
+    with graph.inserting_after(integers):
+        return graph.call_function(operators.dequantize_per_tensor.default, (integers, *options))
+
+
+def _is_dequantise(node: fx.Node) -> bool:
+    return node.target in (operators.dequantize_per_tensor.default, operators.dequantize_per_channel.default)
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0]

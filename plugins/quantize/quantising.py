@@ -1,0 +1,155 @@
+"""The way through a model.
+
+fold BatchNorm → place → observe → insert the pairs → round the weights, layer by layer → integer weights
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+import surgery
+from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip
+
+from .equalisation import equalise, pairs
+from .fitting import fit
+from .forms import rewrite
+from .insertion import insert_pairs, integer_layer, is_quantised
+from .observers import OBSERVERS
+from .placement import Placement
+from .scheme import Grid, Scheme, affine
+from .targets import has_vnni
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from . import Quantize
+
+
+class Quantisation:
+    """One application of the pass."""
+
+    def __init__(self, step: Quantize, model: CapturedModel, context: Context) -> None:
+        self.step, self.model, self.context = step, model, context
+        self.target = context.target(step.runtime)
+        self.skips: list[Skip] = []
+        self.bits = step.weight_bits
+        if self.bits == 8 and self.target.saturates_without_vnni and not self._vnni():
+            self.bits = 7
+
+    def run(self) -> PassReport:
+        layers = surgery.layers(self.model)
+        selected = self.step.selected(layers)
+        if is_quantised(self.model):
+            return PassReport(skips=tuple(Skip(layer.name, "the model is quantised already") for layer in selected))
+        names = self._quantisable(selected)
+        if not names:
+            return PassReport(skips=tuple(self.skips))
+        notes = self._fold(layers)
+        for layer in surgery.layers(self.model):
+            if layer.name in names and layer.computed:
+                surgery.make_dense(self.model, layer)
+        rewrite(self.model, names)
+        if self.step.equalise:
+            equalise(self.model, pairs(self.model, self._now(names)))
+        reference = surgery.snapshot(self.model)
+        chosen = self._now(names)
+        placement = Placement(self.model, self.target, {node for layer in chosen for node in layer.nodes})
+        schemes = self._observe(placement)
+        insert_pairs(placement, schemes)
+        edits = tuple(self._write(chosen, reference))
+        return PassReport(edits, tuple(self.skips), (*notes, *self._left(placement)))
+
+    def _now(self, names: set[str]) -> list[Layer]:
+        return [layer for layer in surgery.layers(self.model) if layer.name in names]
+
+    def _vnni(self) -> bool:
+        return has_vnni() if self.step.vnni == "auto" else self.step.vnni
+
+    def _quantisable(self, selected: list[Layer]) -> set[str]:
+        found = set()
+        for layer in selected:
+            reason = self._obstacle(layer)
+            if reason:
+                self.skips.append(Skip(layer.name, reason))
+            elif reason is None:
+                found.add(layer.name)
+        return found
+
+    def _obstacle(self, layer: Layer) -> str | None:
+        """Why the layer stays float; "" where that goes without saying: a BatchNorm, which may be folded."""
+        if layer.type.startswith("BatchNorm"):
+            return ""
+        if layer.type not in self.target.layers:
+            return f"{self.target.name} has no integer kernel for {layer.type}"
+        module = layer.module
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return f"{self.target.name} has no integer kernel that pads by {module.padding_mode}"
+        weight = surgery.weight_of(self.model, layer)
+        if weight.dtype != torch.float32:
+            return f"its weight is {weight.dtype}, integers are made of float32"
+        if not bool(weight.isfinite().all()):
+            return "its weight holds NaN or infinity"
+        if layer.computed and not self._is_mask(layer):
+            return f"already shared: its weight is computed from {', '.join(layer.computed)}"
+        return surgery.tied(self.model, layer, computed=True)
+
+    def _is_mask(self, layer: Layer) -> bool:
+        """Whether the weight is computed from one tensor of its own shape."""
+        tensors = [surgery.weight_of(self.model, layer)]
+        return len(layer.computed) == 1 and self._tensor(layer.computed[0]).shape == tensors[0].shape
+
+    def _tensor(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(path), leaf)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _fold(self, layers: list[Layer]) -> tuple[str, ...]:
+        left = {layer.name for layer in layers} - {layer.name for layer in self.step.selected(layers)}
+        norms = [layer.name for layer in layers if layer.type.startswith("BatchNorm")]
+        excluded = tuple(name for name in norms if name in left) if not self.step.select else ()
+        report = self.context.find_pass("fold_batchnorm")(exclude=excluded).apply(self.model, self.context)
+        return (f"{len(report.edits)} BatchNorm folded first",) if report.edits else ()
+
+    def _observe(self, placement: Placement) -> dict[fx.Node, Scheme]:
+        """The scheme of every value that decides a scale."""
+        roots = list(dict.fromkeys(placement.values.values()))
+        want: list[Literal["ranges", "histograms"]] = ["ranges"]
+        if self.step.observer != "minmax":
+            want.append("histograms")
+        grid = Grid.unsigned(self.step.activation_bits)
+        found = {}
+        for node, seen in self.context.calibration.stream(self.model, roots, want):
+            assert seen.output_range is not None
+            low, high = OBSERVERS[self.step.observer](seen.output_range, seen.output_histogram, grid)
+            scheme = affine(low, high, grid)
+            found[node] = replace(scheme, scale=scheme.scale.float().double())  # as the exported file has it
+        return found
+
+    def _write(self, chosen: list[Layer], reference: CapturedModel) -> Iterator[Edit]:
+        fitted = fit(self.step, self.bits, self.model, reference, chosen, self.context)
+        for layer in chosen:
+            own = fitted[layer.name]
+            integer_layer(self.model, layer, own.integers, own.scheme, own.bias)
+            yield Edit(layer.name, f"{self.bits}-bit weights", {"weight_error": own.error})
+
+    def _left(self, placement: Placement) -> tuple[str, ...]:
+        """Operators that stay float between what the target computes in integers, by kind."""
+        count: Counter[str] = Counter()
+        for node in self.model.graph.nodes:
+            name = placement.kind(node)
+            if name in self.target.products | self.target.joins and not placement.is_integer(node) and _computes(node):
+                count[name.removeprefix("aten.").partition(".")[0]] += 1
+        listed = ", ".join(f"{n} × {name}" for name, n in sorted(count.items()))
+        return (f"float, as they do not stand between integers: {listed}",) if listed else ()
+
+
+def _computes(node: fx.Node) -> bool:
+    """On a floating-point tensor that an input decides."""
+    return bool(node.op == "call_function" and any(source.op != "get_attr" for source in node.all_input_nodes))
