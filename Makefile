@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
+.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
 
 install: $(STAMP)
 
@@ -46,6 +46,9 @@ prune-speed: $(VENV)/.zoo
 
 prune-accuracy: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/accuracy.py $(ACCURACY)
+
+quantize: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/quantize.py $(BENCH)
 
 low-rank: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/low_rank.py $(BENCH)

@@ -90,6 +90,7 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
         a, b = fidelity["accuracy_reference"], fidelity["accuracy_candidate"]
         rows.append(("accuracy", f"{a:.2%}", f"{b:.2%}", f"{(b - a) * 100:+.2f} points"))
     rows.append(_row("parameters", before["parameters"], after["parameters"]))
+    rows.append(_row("bytes of weights", before["stored_bytes"], after["stored_bytes"]))
     rows.append(_row("MACs", before["macs"], after["macs"]))
     if "model.onnx" in summary["bytes"]:
         rows.append(_row("ONNX bytes", summary["bytes"]["original.onnx"], summary["bytes"]["model.onnx"]))

@@ -156,6 +156,14 @@ def test_every_value_of_the_runtime_is_within_one_step_of_the_simulation(tmp_pat
     assert max(steps) <= 1
 
 
+def test_fewer_bits_of_activations_are_the_same_in_the_runtime(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    after, _ = quantised(mobile(), x / 2, activation_bits=4)
+    given = session_outputs(exported(after, tmp_path), x)[0]  # twice as large as what was seen
+    assert (given - after(x)).abs().max() <= 1e-5 * after(x).abs().max()
+
+
 def test_seven_bits_are_used_without_vnni(tmp_path):
     x = torch.randn(8, 3, 8, 8)
     plain, narrow = (quantised(mobile(), x, vnni=vnni)[0] for vnni in (True, False))

@@ -45,7 +45,7 @@ class Quantize(Pass):
     refuses: ClassVar[Mapping[str, str]] = {"int8": "the model is quantised already"}
 
     weight_bits: Annotated[Bits, Field(description="bits of a weight; below 8 they are stored in 8 all the same")] = 8
-    activation_bits: Annotated[Bits, Field(description="bits of an activation; below 8 only in simulation")] = 8
+    activation_bits: Annotated[Bits, Field(description="bits of an activation; below 8 simulated in float")] = 8
     runtime: Annotated[str, Field(description="where the file will run; plugins may offer more")] = "onnxruntime-cpu"
     vnni: Annotated[
         Literal["auto"] | bool,

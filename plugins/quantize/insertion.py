@@ -26,6 +26,9 @@ BIAS_STEPS = 2**30
 """An int32 bias keeps to this, which leaves room for the sum it is added to."""
 
 
+UINT8 = 255
+
+
 def insert_pairs(placement: Placement, schemes: Mapping[fx.Node, Scheme]) -> None:
     """Round every value of `placement` by its scheme in `schemes` (by the value that decides the scale). Activations
     that are taken in go."""
@@ -107,6 +110,10 @@ def _pair(graph: fx.Graph, value: fx.Node, scheme: Scheme) -> fx.Node:
     grid = scheme.grid
     options = (float(scheme.scale), int(scheme.zero_point), grid.low, grid.high, torch.uint8)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1] if value.op == "placeholder" else value
+    if grid.high < UINT8:  # ONNX rounds to all of uint8: the ends of fewer bits are cut off before
+        ends = [float(scheme.dequantise(torch.tensor(float(end)))) for end in (grid.low, grid.high)]
+        with graph.inserting_after(last):
+            value = last = graph.call_function(torch.ops.aten.clamp.default, (value, *ends))
     with graph.inserting_after(last):
         integers = graph.call_function(operators.quantize_per_tensor.default, (value, *options))
     with graph.inserting_after(integers):
