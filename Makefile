@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
+.PHONY: install demo test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
 
 install: $(STAMP)
 
@@ -19,6 +19,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# every pass with several options on every network; `test` has passes of one plugin take turns, and options meet fewer networks
+contract: install
+	CONTRACT=all $(BIN)/python -m pytest -n 2 --dist worksteal -k contract
 
 lint: install
 	$(BIN)/ruff check .

@@ -29,8 +29,8 @@ from .vocabulary import arguments
 _REMEDY = "compute the weight by operators of torch from the tensors given, without writing in place"
 
 
-def weight_of(model: fx.GraphModule, layer: Layer) -> Tensor:
-    """The layer's weight, detached, as an ordinary tensor."""
+def weight_of(layer: Layer) -> Tensor:
+    """The layer's weight, detached, as an ordinary tensor; one that the graph computes is computed for it."""
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()

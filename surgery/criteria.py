@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from .errors import PluginError
 from .named import Named
 
 if TYPE_CHECKING:
@@ -31,18 +30,3 @@ class Criterion(Named, ABC):
     def scores(self, found: Channels, context: Context) -> list[Tensor]:
         """One tensor (size,) per group of `found.groups`, about the model `found.model`; the lowest go first. Neither
         the model nor the data is changed."""
-
-
-def check_criterion(cls: Any, place: str) -> type[Criterion]:
-    """`cls` as a criterion class; PluginError says what is wrong with it."""
-    problem = None
-    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
-        problem = "is not a subclass of surgery.Criterion"
-    elif not cls.summary():
-        problem = "has no docstring; its first line is the criterion's summary"
-    elif cls.__abstractmethods__:
-        problem = f"does not define {', '.join(sorted(cls.__abstractmethods__))}"
-    if problem:
-        raise PluginError(f"{getattr(cls, '__name__', cls)!s}: {problem}", at=place, fix="see docs/plugins.md")
-    assert isinstance(cls, type)
-    return cls

@@ -14,9 +14,10 @@ from typing import Any
 import pluggy
 
 from . import hooks
-from .criteria import Criterion, check_criterion
+from .criteria import Criterion
 from .errors import PluginError, RecipeError
-from .packing.codec import Codec, check_codec
+from .named import checked
+from .packing.codec import Codec
 from .passes import Pass, check_class
 from .targets import Target
 
@@ -194,11 +195,11 @@ def _pass_name(value: Any, plugin: str) -> str:
 
 
 def _criterion_name(value: Any, plugin: str) -> str:
-    return check_criterion(value, f"plugin {plugin}").name()
+    return checked(value, Criterion, f"plugin {plugin}").name()
 
 
 def _codec_name(value: Any, plugin: str) -> str:
-    return check_codec(value, f"plugin {plugin}").name()
+    return checked(value, Codec, f"plugin {plugin}").name()
 
 
 def _target_name(value: Any, plugin: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 from surgery.calibration.moments import Scatter
 from surgery.calibration.unfolding import unfold
 from surgery.captured import relative_error
+from surgery.testing import NETWORKS, networks
+
+_KINDS = ("residual", "grouped_depthwise", "shared_module", "functional_conv", "transposed_conv", "conv_1d", "conv_3d")
+KINDS = networks(*((*_KINDS, "attention", "tied_weights") if os.environ.get("CONTRACT") != "all" else NETWORKS))
+"""Networks with every kind of layer that a decomposition meets, for its options; all with CONTRACT=all. The defaults of
+every plugin meet all networks in test_contract."""
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 METRICS = ("weight", "output", "deficient")

@@ -68,7 +68,7 @@ def pruned(model: CapturedModel) -> CapturedModel:
     """A copy whose weights below the 80 % quantile are zero and stay it."""
     result = surgery.snapshot(model)
     for layer in weighted(result):
-        weight = weight_of(result, layer)
+        weight = weight_of(layer)
         kept = torch.where(weight.abs() > weight.abs().quantile(0.8), weight, 0)
         replace_weight(result, layer, masked, {"weight": nn.Parameter(kept)})
     result.recompile()
@@ -79,7 +79,7 @@ def clustered(model: CapturedModel) -> CapturedModel:
     """A copy whose weights are looked up among their different values; the same values."""
     result = surgery.snapshot(model)
     for layer in weighted(result):
-        values, indices = weight_of(result, layer).unique(return_inverse=True)
+        values, indices = weight_of(layer).unique(return_inverse=True)
         tensors = {"codebook": nn.Parameter(values), "indices": indices.to(torch.int16)}
         replace_weight(result, layer, lambda codebook, indices: codebook[indices.long()], tensors)
     result.recompile()
@@ -174,7 +174,7 @@ def test_weights_that_the_users_own_code_computes_are_such_layers():
     assert (layer.name, layer.type, layer.computed) == ("conv", "Conv2d", ("conv.weight",))
     expected = run(model, model.inputs.args[0])
     assert torch.equal(run(surgery.dense(model), model.inputs.args[0]), expected)
-    weight = weight_of(model, layer)
+    weight = weight_of(layer)
     assert torch.allclose(weight.mean((1, 2, 3)), torch.zeros(4), atol=1e-6)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from surgery.names import tensors
 from surgery.passes import check_class
 from surgery.testing import NETWORKS, check_pass, contract_cases, edited_networks, networks
 
-PASSES = Registry.load().passes
+REGISTRY = Registry.load()
+PASSES = REGISTRY.passes
 
 # Options worth a test of their own, and the networks on which they do something else than the defaults.
 VARIANTS = [
@@ -25,7 +27,22 @@ VARIANTS = [
     ("depthwise_separable", {"norm_activation": True}, ("plain_cnn",)),
     ("fold_batchnorm", {"exclude": ("1",)}, ("conv_1d",)),
 ]
-DEFAULTS = contract_cases([cls() for cls in PASSES.values()])
+
+
+def in_turns() -> list[Any]:
+    """Every plugin on every network; passes of one plugin, which share their way through a model, take turns."""
+    plugins: dict[str, list[str]] = {}
+    for name in PASSES:
+        plugins.setdefault(REGISTRY.provider(name), []).append(name)
+    turns = [
+        (PASSES[names[place % len(names)]](), network)
+        for names in plugins.values()
+        for place, network in enumerate(NETWORKS.values())
+    ]
+    return [case for step, network in turns for case in contract_cases([step], [network])]
+
+
+DEFAULTS = contract_cases([cls() for cls in PASSES.values()]) if os.environ.get("CONTRACT") == "all" else in_turns()
 OTHERS = [
     case for name, options, where in VARIANTS for case in contract_cases([PASSES[name](**options)], networks(*where))
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tensorly
 import torch
-from decomposing import METRICS, assert_computes_its_product, convolutions, every_rank, kernel, trained
+from decomposing import KINDS, METRICS, assert_computes_its_product, convolutions, every_rank, kernel, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_plugins.low_rank import Cp
@@ -316,7 +316,7 @@ def test_components_of_the_layer_are_balanced():
 
 @pytest.mark.parametrize(
     ("step", "network"),
-    contract_cases([Cp(layer_macs=0.9), Cp(rank=2, metric="weight", engine="tensorly"), Cp(energy=0.5)]),
+    contract_cases([Cp(layer_macs=0.9), Cp(rank=2, metric="weight", engine="tensorly"), Cp(energy=0.5)], KINDS),
 )
 def test_contract(step, network):
     check_pass(step, network)

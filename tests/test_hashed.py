@@ -189,7 +189,7 @@ def test_every_layer_gets_the_values_that_its_factor_says(net, data):
         m = by_hand(drawn, tuple(old.shape), count)
         both = torch.cat([state[f"{edit.layer}.values"], -state[f"{edit.layer}.values"]])
         torch.testing.assert_close(
-            surgery.weight_of(result, layer_of(result, edit.layer)), both[m].view(old.shape), rtol=0, atol=0
+            surgery.weight_of(layer_of(result, edit.layer)), both[m].view(old.shape), rtol=0, atol=0
         )
         assert edit.numbers["bits_per_weight"] == pytest.approx((count * 4 + 16) * 8 / old.numel())
 
@@ -197,7 +197,7 @@ def test_every_layer_gets_the_values_that_its_factor_says(net, data):
 def test_the_weight_error_is_that_of_the_weight(net):
     result, report = hashed(net, factor=0.5)
     for edit in report.edits:
-        old, new = (surgery.weight_of(model, layer_of(model, edit.layer)).double() for model in (net, result))
+        old, new = (surgery.weight_of(layer_of(model, edit.layer)).double() for model in (net, result))
         assert edit.numbers["weight_error"] == pytest.approx(float((old - new).norm() / old.norm()), rel=1e-6)
 
 
@@ -209,7 +209,7 @@ def test_the_output_error_is_that_of_the_output(net, name):
     y, z = outputs(net, calls), outputs(result, calls)
     if name == "twice":
         x, layer = torch.cat(inputs(net, name)), layer_of(result, name)
-        y, z = (F.linear(x, surgery.weight_of(m, layer_of(m, name)), layer.module.bias) for m in (net, result))
+        y, z = (F.linear(x, surgery.weight_of(layer_of(m, name)), layer.module.bias) for m in (net, result))
     y, z = (value.detach().double().movedim(1, -1).flatten(0, -2) for value in (y, z))
     error = float(((y - z).square().sum() / (y - y.mean(0)).square().sum()).sqrt())
     assert 0 < error < 1

@@ -63,7 +63,7 @@ def apply(step: Kmeans, model: nn.Module, data: Any = None) -> tuple[CapturedMod
 
 def weights(model: CapturedModel) -> dict[str, Tensor]:
     found = {layer.name: layer for layer in surgery.layers(model) if layer.type.startswith(("Conv", "Linear"))}
-    return {name: surgery.weight_of(model, layer) for name, layer in found.items()}
+    return {name: surgery.weight_of(layer) for name, layer in found.items()}
 
 
 def reasons(report: PassReport) -> dict[str, str]:
@@ -112,7 +112,7 @@ def test_groups_have_codebooks_of_their_own_and_the_last_may_be_shorter(options:
     model = linear(40, 31)
     after, report = on(model, Kmeans(bits=2, **options))
     weight = after.get_parameter("0.codebook")
-    parts = surgery.weight_of(after, surgery.layers(after)[0]).flatten().split(span)
+    parts = surgery.weight_of(surgery.layers(after)[0]).flatten().split(span)
     assert weight.shape == (len(parts), 4)
     assert all(len(part.unique()) <= 4 for part in parts)
     whole = on(model, Kmeans(bits=2))[1].edits[0].numbers["weight_error"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from decomposing import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_plugins.low_rank import ChannelSvd, Svd
@@ -466,6 +467,6 @@ def test_ranks_keep_to_what_kernels_like() -> None:
 STEPS = [Svd(layer_macs=0.9), Svd(energy=0.5, metric="weight"), ChannelSvd(rank=2), ChannelSvd(sequential=False)]
 
 
-@pytest.mark.parametrize(("step", "network"), contract_cases(STEPS))
+@pytest.mark.parametrize(("step", "network"), contract_cases(STEPS, KINDS))
 def test_contract(step: Pass, network: Any) -> None:
     check_pass(step, network)

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from decomposing import METRICS, assert_computes_its_product, assert_keeps_its_promises, convolutions, kernel, trained
+from decomposing import (
+    KINDS,
+    METRICS,
+    assert_computes_its_product,
+    assert_keeps_its_promises,
+    convolutions,
+    kernel,
+    trained,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_plugins.low_rank import SpatialSvd, projection
@@ -168,7 +176,8 @@ def test_with_the_batchnorm_training_starts_from_the_same_output() -> None:
 @pytest.mark.parametrize(
     ("step", "network"),
     contract_cases(
-        [SpatialSvd(layer_macs=0.8), SpatialSvd(rank=2, batchnorm=True), SpatialSvd(rank=2, metric="weight")]
+        [SpatialSvd(layer_macs=0.8), SpatialSvd(rank=2, batchnorm=True), SpatialSvd(rank=2, metric="weight")],
+        KINDS,
     ),
 )
 def test_contract(step: SpatialSvd, network: Any) -> None:

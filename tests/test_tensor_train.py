@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import tensorly
 import torch
-from decomposing import METRICS, every_rank, kernel
+from decomposing import KINDS, METRICS, every_rank, kernel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from surgery_plugins.low_rank import TensorTrain
@@ -179,7 +179,7 @@ def test_small_layers_and_prime_sizes_are_skipped_with_the_reason():
 
 @pytest.mark.parametrize(
     ("step", "network"),
-    contract_cases([TensorTrain(min_features=4, rank=1), TensorTrain(min_features=8, cores=3, layer_macs=0.9)]),
+    contract_cases([TensorTrain(min_features=4, rank=1), TensorTrain(min_features=8, cores=3, layer_macs=0.9)], KINDS),
 )
 def test_contract(step, network):
     check_pass(step, network)

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import tensorly
 import torch
-from decomposing import METRICS, assert_computes_its_product, assert_keeps_its_promises, convolutions, kernel, trained
+from decomposing import (
+    KINDS,
+    METRICS,
+    assert_computes_its_product,
+    assert_keeps_its_promises,
+    convolutions,
+    kernel,
+    trained,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from surgery_plugins.low_rank import Tucker, projection
@@ -219,7 +227,7 @@ def test_a_budget_is_met(metric: str) -> None:
 
 @pytest.mark.parametrize(
     ("step", "network"),
-    contract_cases([Tucker(layer_macs=0.8), Tucker(rank=(3, 2), metric="weight", engine="tensorly")]),
+    contract_cases([Tucker(layer_macs=0.8), Tucker(rank=(3, 2), metric="weight", engine="tensorly")], KINDS),
 )
 def test_contract(step: Tucker, network: Any) -> None:
     check_pass(step, network)

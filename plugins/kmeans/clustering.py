@@ -92,7 +92,7 @@ class Clustering:
 
     def _target(self, layer: Layer) -> Target | str:
         """The layer as a target, or why it stays."""
-        weight = surgery.weight_of(self.model, layer)
+        weight = surgery.weight_of(layer)
         self._check_finite(layer, weight)
         low, high = weight.aminmax()
         if low == high:

@@ -160,7 +160,7 @@ class Pruning:
                 continue
             module: Any = layer.module
             matrix, trained = weights[layer.name], module.weight.requires_grad
-            old = surgery.weight_of(self.model, layer)
+            old = surgery.weight_of(layer)
             value = old if matrix is None else surgery.weight_from_matrix(layer.module, matrix).to(old)
             if matrix is None or layer.functional:
                 surgery.replace_weight(self.model, layer, masked, {"weight": nn.Parameter(value, trained)})

@@ -81,7 +81,7 @@ def equalise(model: CapturedModel, wanted: Iterable[Pair]) -> list[Edit]:
     the largest range of a channel over the smallest before and after."""
     wanted = list(wanted)
     layers = {layer.name: layer for pair in wanted for layer in (pair.first, pair.second)}
-    weights = {name: surgery.weight_of(model, layer).double() for name, layer in layers.items()}
+    weights = {name: surgery.weight_of(layer).double() for name, layer in layers.items()}
     biases = {name: bias.double() for name, layer in layers.items() if (bias := _bias(layer)) is not None}
     before = [_spread(_ranges_out(weights[pair.first.name])) for pair in wanted]
     for _ in range(ROUNDS):

@@ -51,7 +51,7 @@ def fit(
 ) -> dict[str, Fitted]:
     """The integers of every layer by name. `reference`: the same nodes, in float."""
     grid = Grid.signed(bits)
-    found = {layer.name: _nearest(step, layer, grid, surgery.weight_of(model, layer)) for layer in chosen}
+    found = {layer.name: _nearest(step, layer, grid, surgery.weight_of(layer)) for layer in chosen}
     if step.rounding == "nearest" and not step.bias_correction:
         return found
     single = [layer for layer in chosen if len(layer.nodes) == 1 and not layer.functional]

@@ -90,7 +90,7 @@ class Quantisation:
         module = layer.module
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"{self.target.name} has no integer kernel that pads by {module.padding_mode}"
-        weight = surgery.weight_of(self.model, layer)
+        weight = surgery.weight_of(layer)
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}, integers are made of float32"
         if not bool(weight.isfinite().all()):
@@ -101,7 +101,7 @@ class Quantisation:
 
     def _is_mask(self, layer: Layer) -> bool:
         """Whether the weight is computed from one tensor of its own shape."""
-        tensors = [surgery.weight_of(self.model, layer)]
+        tensors = [surgery.weight_of(layer)]
         return len(layer.computed) == 1 and self._tensor(layer.computed[0]).shape == tensors[0].shape
 
     def _tensor(self, name: str) -> Tensor:

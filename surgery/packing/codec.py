@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import PluginError
 from ..named import Named
 
 if TYPE_CHECKING:
@@ -56,18 +55,3 @@ class Codec(Named, ABC):
 
         used = counts[counts > 0].astype(np.float64)
         return float((used * np.log2(used.sum() / used)).sum()) / 8 if used.size else 0.0
-
-
-def check_codec(cls: Any, place: str) -> type[Codec]:
-    """`cls` as a codec class; PluginError says what is wrong with it."""
-    problem = None
-    if not (isinstance(cls, type) and issubclass(cls, Codec)):
-        problem = "is not a subclass of surgery.Codec"
-    elif not cls.summary():
-        problem = "has no docstring; its first line is the codec's summary"
-    elif cls.__abstractmethods__:
-        problem = f"does not define {', '.join(sorted(cls.__abstractmethods__))}"
-    if problem:
-        raise PluginError(f"{getattr(cls, '__name__', cls)!s}: {problem}", at=place, fix="see docs/plugins.md")
-    assert isinstance(cls, type)
-    return cls
