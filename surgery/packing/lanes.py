@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .codec import Array
 
 _HEAD = struct.Struct("<BHHBBIIB")
-_LANE_BITS = 4096
+_LANE_BITS = 8192
 LONGEST_LANE = 4096
 """Symbols in a lane at most; bounds the steps that a hostile block can ask for."""
 
