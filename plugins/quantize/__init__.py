@@ -6,7 +6,7 @@
 targets      what a runtime computes in integers
 placement    which values become integers, so that it does
 scheme, observers, weights    their scales and zero points
-gptq, adaround, correction, equalisation    rounding that the outputs feel least
+gptq, adaround, equalisation    rounding that the outputs feel least
 insertion    the nodes in the graph
 quantising   the way through a model
 training     quantisers to train through

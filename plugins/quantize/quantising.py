@@ -101,8 +101,7 @@ class Quantisation:
 
     def _is_mask(self, layer: Layer) -> bool:
         """Whether the weight is computed from one tensor of its own shape."""
-        tensors = [surgery.weight_of(layer)]
-        return len(layer.computed) == 1 and self._tensor(layer.computed[0]).shape == tensors[0].shape
+        return len(layer.computed) == 1 and self._tensor(layer.computed[0]).shape == layer.module.weight.shape
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
