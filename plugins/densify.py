@@ -6,6 +6,7 @@ conv2d(x, W * (W != 0), b)           →   conv2d(x, W, b):  zeros that training
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +26,8 @@ class Densify(Pass):
     """
 
     exact: ClassVar[bool] = True
+    clears: ClassVar[frozenset[str]] = frozenset({"masked", "shared"})
+    refuses: ClassVar[Mapping[str, str]] = {"int8": "the integers would not become floats again"}
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         edits = []

@@ -29,7 +29,10 @@ class FoldBatchnorm(Pass):
     """
 
     exact: ClassVar[bool] = True
-    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "values that weights share take no factor for each output channel",
+    }
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         edits: list[Edit] = []
@@ -60,7 +63,7 @@ def _obstacle(model: CapturedModel, norm: Layer, node: fx.Node, before: Layer) -
     """Why `norm` cannot be folded at the call `node`, or None."""
     if norm.module.running_mean is None:
         return "has no running statistics: it normalises by the batch"
-    shared = surgery.sharing(model, before)
+    shared = surgery.sharing(model, before, computed=bool(before.computed) and _keeps(model, before, norm.module))
     if shared:
         return f"{before.name} cannot change alone: {shared}"
     users = len(before.nodes[0].users)
@@ -69,6 +72,17 @@ def _obstacle(model: CapturedModel, norm: Layer, node: fx.Node, before: Layer) -
     if len(surgery.shape(node)) != _dimensions(before):
         return f"its channels are not the output channels of {before.name}"
     return None
+
+
+def _keeps(model: CapturedModel, layer: Layer, norm: Any) -> bool:
+    """Whether the weight is f(W) with f(s W) = s f(W) for these s: a mask."""
+    import torch
+
+    function, tensors = surgery.weight_function(model, layer)
+    scaled = scaled_outputs(layer.module, scale_and_shift(norm)[0])
+    if len(tensors) != 1 or next(iter(tensors.values())).shape != scaled.shape:
+        return False
+    return torch.equal(function(scaled), scaled)
 
 
 def _dimensions(layer: Layer) -> int:
@@ -80,15 +94,19 @@ def _dimensions(layer: Layer) -> int:
 def _fold(model: CapturedModel, before: Layer, norm: Layer, node: fx.Node) -> None:
     from torch import nn
 
+    function = surgery.weight_function(model, before)[0] if before.computed else None
     module: Any = before.module
     scale, shift = scale_and_shift(norm.module)
     bias = shift if module.bias is None else scale * module.bias.detach().double() + shift
     trainable = module.weight.requires_grad
     module.weight = nn.Parameter(scaled_outputs(module, scale), trainable)
     module.bias = nn.Parameter(bias.to(module.weight.dtype), trainable)
-    surgery.bypass(model, node)
     if before.functional:
         surgery.replace_layer(model, before, {"": module})
+    if function is not None:
+        layer = next(layer for layer in surgery.layers(model) if node.args[0] in layer.nodes)
+        surgery.replace_weight(model, layer, function, {"weight": layer.module.weight})  # type: ignore[dict-item]
+    surgery.bypass(model, node)
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from .computed import dense as dense
     from .computed import make_dense as make_dense
     from .computed import replace_weight as replace_weight
+    from .computed import weight_function as weight_function
     from .computed import weight_of as weight_of
     from .context import Context as Context
     from .contract import snapshot as snapshot
     from .criteria import Criterion as Criterion
     from .data import Data as Data
+    from .datasets import data_from as data_from
     from .errors import BudgetError as BudgetError
     from .errors import CaptureError as CaptureError
     from .errors import ExportError as ExportError
@@ -115,11 +117,12 @@ _HOME = {
         "Value",
         "find_channels",
     ),
-    "computed": ("dense", "make_dense", "replace_weight", "weight_of"),
+    "computed": ("dense", "make_dense", "replace_weight", "weight_function", "weight_of"),
     "context": ("Context",),
     "contract": ("snapshot",),
     "criteria": ("Criterion",),
     "data": ("Data",),
+    "datasets": ("data_from",),
     "errors": (
         "BudgetError",
         "CaptureError",

@@ -62,10 +62,20 @@ def cli() -> None:
 @click.argument("recipe")
 @model_options
 @click.option(
-    "--data", "data_name", metavar="MODULE:FUNCTION", help="Called without arguments; gives batches, or surgery.Data."
+    "--data",
+    "data_name",
+    metavar="NAME",
+    help="digits, cifar10:PATH, imagefolder:PATH, or module:function that gives batches or surgery.Data.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder for model, report and finished steps."
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change the recipe: passes.1.ratio=0.3 (index or name of the pass), budget.sqnr_db=20, on_break=undo.",
 )
 @click.option("--resume", is_flag=True, help="Take over the finished steps in the folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where heavy work may run.")
@@ -77,17 +87,30 @@ def run(
     shapes: Sequence[str],
     data_name: str | None,
     out: Path,
+    changes: Sequence[str],
     resume: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Apply RECIPE (a name or a .yaml file) to a model and prove the result."""
     from .pipeline import operate
+    from .recipe import overrides_from
 
+    overrides = overrides_from(changes)
     model, inputs = _model(model_name, weights, shapes)
-    data = _data(data_name)
+    data = _data(data_name, inputs)
     with progress_bars(quiet=as_json) as progress:
-        operation = operate(model, inputs, recipe, data=data, out=out, resume=resume, device=device, progress=progress)
+        operation = operate(
+            model,
+            inputs,
+            recipe,
+            overrides=overrides,
+            data=data,
+            out=out,
+            resume=resume,
+            device=device,
+            progress=progress,
+        )
     _show_operation(operation, as_json)
 
 
@@ -192,7 +215,10 @@ def show(name: str, as_json: bool) -> None:
     help="Random inputs of this shape; once per input.",
 )
 @click.option(
-    "--data", "data_name", metavar="MODULE:FUNCTION", help="Batches, or surgery.Data, instead of random inputs."
+    "--data",
+    "data_name",
+    metavar="NAME",
+    help="As in run, instead of random inputs; images are then of the size of --input.",
 )
 @as_json
 def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
@@ -203,8 +229,9 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
     from .verification import verify as compare
 
     if not (shapes or data_name):
-        raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data MODULE:FUNCTION")
-    data = Data.of(_data(data_name) if data_name else [inputs_from(shapes)])
+        raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data NAME")
+    inputs = inputs_from(shapes) if shapes else None
+    data = Data.of(_data(data_name, inputs) if data_name else [inputs])
     batches = data.calibration if data.evaluation is None else data.evaluation
     labelled = data.evaluation is not None
     verification = compare(reference, candidate, batches, labelled=labelled, metric=data.metric)
@@ -312,12 +339,10 @@ def _model(name: str, weights: Path | None, shapes: Sequence[str]) -> tuple[Any,
     return model, inputs
 
 
-def _data(name: str | None) -> Any:
-    from .data import import_object
+def _data(name: str | None, inputs: Any = None) -> Any:
+    from .datasets import data_from
 
-    if name is None:
-        return None
-    return import_object(name, "--data")()
+    return None if name is None else data_from(name, inputs)
 
 
 def _show_operation(operation: Operation, as_json: bool) -> None:
@@ -325,7 +350,7 @@ def _show_operation(operation: Operation, as_json: bool) -> None:
 
     summary, timings = report.summary(operation), report.timings(operation)
     shown = report.tables(summary, timings)
-    print_result({**summary, "timings": timings}, [shown[0], *shown[2:], shown[1]], as_json)
+    print_result({**summary, "timings": timings}, [*shown[3:], shown[2], shown[0], shown[1]], as_json)
     if operation.folder and not as_json:
         click.echo(f"\nFiles: {operation.folder}")
     if not operation.passed:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from .captured import CapturedModel
 from .contract import snapshot
 from .errors import PluginError
-from .graph import Layer, layers, remove_unused
+from .graph import Layer, layers, remove_unused, weight_expression
 from .names import get_attribute, set_module, submodule
 from .operands import evaluate, lowered
 from .replacement import erase, release, replace_layer
@@ -64,6 +64,23 @@ def replace_weight(
         _set_weight(node, weight)
     erase(model.graph, released)
     remove_unused(model)
+
+
+def weight_function(model: CapturedModel, layer: Layer) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """What the weight of `layer`, which is computed, is computed by and from: as `replace_weight` takes them. The
+    tensors go by the last part of their names, and stay what they are when the model changes."""
+    assert layer.weight_node is not None
+    graph, placed, found = fx.Graph(), {}, {}
+    for node in weight_expression(layer):
+        if node.op == "get_attr":
+            name = str(node.target).rpartition(".")[2]
+            name = name if name not in found else f"{name}_{len(found)}"
+            found[name] = get_attribute(model, str(node.target))
+            placed[node] = graph.placeholder(name)
+        else:
+            placed[node] = graph.node_copy(node, placed.__getitem__)
+    graph.output(placed[layer.weight_node])
+    return fx.GraphModule(nn.Module(), graph), found  # type: ignore[return-value]
 
 
 def dense(model: CapturedModel) -> CapturedModel:

@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Data
-from .errors import InputError
+from .datasets import data_from
+from .datasets.digits import TEST_SAMPLES, WHITE, Digits
 from .pipeline import Operation, operate
 
 if TYPE_CHECKING:
     from .context import Progress
-
-TEST_SAMPLES = 360
-CALIBRATION_SAMPLES = 256
 
 
 def digits_cnn() -> nn.Module:
@@ -45,15 +42,8 @@ def digits() -> tuple[Tensor, Tensor]:
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(
-            "the demo needs scikit-learn for its data", fix='install it: pip install "model-surgery[demo]"'
-        ) from error
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)[order] / 16, torch.tensor(labels)[order]
+    pictures = Digits()
+    return pictures.images.float() / WHITE, pictures.labels
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, progress: Progress) -> nn.Module:
@@ -82,9 +72,6 @@ def run_demo(out: Path, progress: Progress, epochs: int = 12) -> Operation:
     torch.manual_seed(0)
     images, labels = digits()
     model = train(digits_cnn(), images[TEST_SAMPLES:], labels[TEST_SAMPLES:], epochs, progress)
-    calibration = images[TEST_SAMPLES : TEST_SAMPLES + CALIBRATION_SAMPLES].split(64)
-    test = zip(images[:TEST_SAMPLES].split(60), labels[:TEST_SAMPLES].split(60), strict=True)
     if (out / "run.json").exists():
         shutil.rmtree(out)
-    data = Data(calibration=calibration, evaluation=list(test))
-    return operate(model, images[:1], "digits_edge", data=data, out=out, progress=progress)
+    return operate(model, images[:1], "digits_edge", data=data_from("digits"), out=out, progress=progress)

@@ -90,17 +90,32 @@ class Comparison:
     def _score(self, output: Tensor, target: Any) -> float:
         if self.metric is not None:
             return float(self.metric(output, target))
-        if not isinstance(target, Tensor) or not _are_logits([output]) or target.shape != output.shape[:1]:
-            raise InputError(
-                f"no top-1 accuracy of an output {tuple(output.shape)} with a target {_shape(target)}",
-                fix="give logits (samples, classes) with class numbers (samples,), or a metric",
-            )
+        _check_classes(output, target)
         right = (output.argmax(1) == target.to(output.device)) & ~output.isnan().any(1)
         return float(right.double().mean())
 
 
 def _are_logits(outputs: Sequence[Tensor]) -> bool:
     return bool(outputs) and outputs[0].ndim == 2 and outputs[0].is_floating_point() and outputs[0].shape[1] > 1
+
+
+def _check_classes(output: Tensor, target: Any) -> None:
+    """Raises InputError unless there is one class number in range for every sample."""
+    fix = "give logits (samples, classes) with class numbers (samples,), or a metric"
+    if not isinstance(target, Tensor) or not _are_logits([output]) or target.ndim != 1:
+        raise InputError(
+            f"no top-1 accuracy of an output {tuple(output.shape)} with a target {_shape(target)}", fix=fix
+        )
+    samples, classes = output.shape
+    if len(target) != samples:
+        raise InputError(f"{samples} outputs and {len(target)} labels in one evaluation batch", fix=fix)
+    numbers = target.double()
+    wrong = target[(numbers < 0) | (numbers >= classes) | (numbers != numbers.floor())]
+    if len(wrong):
+        raise InputError(
+            f"label {wrong[0].item()} in the evaluation data, the model's output has the classes 0 to {classes - 1}",
+            fix="number the classes as the model was trained; is this the data of this model?",
+        )
 
 
 def _same_class(reference: Tensor, candidate: Tensor) -> float:

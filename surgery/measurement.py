@@ -53,6 +53,13 @@ class Latency:
     quartiles: tuple[float, float]
     """First and third quartile of that ratio."""
 
+    @classmethod
+    def of(cls, first: Sequence[float], own: Sequence[float]) -> Latency:
+        """From the seconds of two contestants, round by round."""
+        ratios = [a / b for a, b in zip(first, own, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return cls(statistics.median(own), statistics.median(ratios), (low, high))
+
 
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     """Counts parameters, bytes and MACs of `model` on one sample of `example_inputs`.
@@ -85,10 +92,23 @@ def _stored_bytes(model: nn.Module) -> int:
 def latency(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 3
 ) -> dict[str, Latency]:
-    """Times the contestants against the first of them, interleaved so that a slow spell of the machine hits all alike.
+    """Times the contestants against the first of them; see `seconds`. Ratios are taken within a round.
 
-    Each round calls every contestant once, in turn forwards and backwards. Ratios are taken within a round.
-    A call that leaves work running on a GPU must wait for it itself.
+    Raises:
+        InputError: there are no contestants, or `rounds` is less than 1.
+    """
+    times = seconds(contestants, rounds=rounds, warmup=warmup)
+    first = next(iter(times.values()))
+    return {name: Latency.of(first, own) for name, own in times.items()}
+
+
+def seconds(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Wall-clock time of every call, interleaved so that a slow spell of the machine hits all alike.
+
+    Each round calls every contestant once, in turn forwards and backwards. A call that leaves work running on a GPU
+    must wait for it itself.
 
     Raises:
         InputError: there are no contestants, or `rounds` is less than 1.
@@ -107,14 +127,7 @@ def latency(
             start = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - start)
-    first = next(iter(times.values()))
-    return {name: _latency(first, own) for name, own in times.items()}
-
-
-def _latency(first: list[float], own: list[float]) -> Latency:
-    ratios = [a / b for a, b in zip(first, own, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return Latency(statistics.median(own), statistics.median(ratios), (low, high))
+    return times
 
 
 def _count_any(model: nn.Module, example: Inputs) -> tuple[int, dict[str, int], int]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+from dataclasses import dataclass, field, fields, replace
+from math import ceil, floor
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, final
 
 from pydantic import ConfigDict, Field
 
@@ -27,6 +28,10 @@ Patterns = Annotated[
     tuple[str, ...],
     Field(description="patterns on layer names (with all below them) or layer types, such as `features.*` or `Conv2d`"),
 ]
+
+
+RESERVED = ("use", "with", "on_break")
+"""Keys that stand beside a pass in a recipe's list."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,31 @@ class Pass(Named, ABC):
     """The pass cannot run without calibration data."""
     gives: ClassVar[frozenset[str]] = frozenset()
     """Traits the model has after the pass, such as `int8`."""
+    marks: ClassVar[frozenset[str]] = frozenset()
+    """Traits of the layers that the pass edits, such as `shared`; the model has them unless the pass is `partial`."""
+    clears: ClassVar[frozenset[str]] = frozenset()
+    """Traits that layers have no longer after the pass."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Traits after which this pass cannot run, each with the reason and the order that works."""
+    strength: ClassVar[Mapping[str, float]] = {}
+    """Options that say how much the pass does, each with the value at which it does least: `{"ratio": 0.0}`."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether options leave layers to other passes."""
+        return bool(self.select or self.exclude)
 
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its value, defaults included."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def softened(self) -> Self | None:
+        """This pass with every `strength` that is given as a number halfway to where it does least, integers rounded
+        towards that; None where there is none, or none can be weaker."""
+        milder = {name: _halfway(getattr(self, name), least) for name, least in self.strength.items()}
+        changed = {name: value for name, value in milder.items() if value != getattr(self, name)}
+        return replace(self, **changed) if changed else None
 
     def check(self, registry: Registry) -> None:
         """Raises RecipeError where an option names something that no plugin offers. Called before any pass runs."""
@@ -180,9 +203,23 @@ def _definition_problem(cls: Any) -> str | None:
         return "is not a frozen dataclass (@dataclass(frozen=True, kw_only=True))"
     if not cls.summary() or cls.summary().startswith(f"{cls.__name__}("):
         return "has no docstring; its first line is the pass's summary"
+    unknown = cls.strength.keys() - {option.name for option in fields(cls)}
+    if unknown:
+        return f"strength names no option: {', '.join(sorted(unknown))}"
+    if cls.name() in RESERVED:
+        return f"is named {cls.name()!r}, which is a key of recipes"
     if cls.__abstractmethods__:
         return f"does not define {', '.join(sorted(cls.__abstractmethods__))}"
     return None
+
+
+def _halfway(value: Any, least: float) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    middle = (value + least) / 2
+    if isinstance(value, float):
+        return middle
+    return ceil(middle) if least > value else floor(middle)
 
 
 def _close(pattern: str, layers: list[Layer]) -> str:

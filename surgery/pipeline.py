@@ -1,14 +1,13 @@
-"""The whole way of a model: capture → passes → files → proof → report."""
+"""The whole way of a model: capture → passes, each proven → files → report."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,23 @@ from torch import nn
 from . import __version__
 from .captured import CapturedModel, capture
 from .context import Context, Progress, silent
+from .contract import snapshot
 from .data import Data
-from .export.onnx import OPSET, export_onnx
-from .export.runtime import runtime_session
 from .export.source import export_source
 from .inputs import Inputs
-from .measurement import Latency, Measurement, latency, measure
+from .judging import Judge
+from .measurement import Latency, Measurement
 from .packing.writing import pack
-from .passes import PassReport
-from .recipe import Plan, resolve
+from .passes import Pass, PassReport
+from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .runs import RunFolder, run_key, writing
-from .verification import Verification, verify
+from .state import load_state, save_state
+from .steps import Standing, StepResult
+from .verification import Verification
+
+SOFTENINGS = 4
+"""How often a step is softened before it is undone; each time it does half as much."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,8 @@ class Operation:
 
     model: CapturedModel
     plan: Plan
-    reports: tuple[PassReport, ...]
-    """One per pass, in order."""
-    before: Measurement
-    after: Measurement
-    verification: Verification
-    latency: dict[str, Latency]
-    """ONNX Runtime on the example inputs, `original` and `result`, paired; empty where it was not measured."""
+    steps: tuple[StepResult, ...]
+    """`capture`, then one per pass that was run, in order."""
     sizes: dict[str, int]
     """Bytes of every file written, the original's ONNX file included."""
     original: CapturedModel
@@ -55,12 +54,37 @@ class Operation:
         """Whether parity holds and the recipe's budget is kept."""
         return self.verification.passed
 
+    @property
+    def reports(self) -> tuple[PassReport, ...]:
+        """One per pass that was run, in order."""
+        return tuple(step.report for step in self.steps[1:])
+
+    @property
+    def before(self) -> Measurement:
+        return self.steps[0].standing.measurement
+
+    @property
+    def after(self) -> Measurement:
+        return self.steps[-1].standing.measurement
+
+    @property
+    def verification(self) -> Verification:
+        """Of the result."""
+        return self.steps[-1].standing.verification
+
+    @property
+    def latency(self) -> dict[str, Latency]:
+        """ONNX Runtime on the example inputs, `original` and `result`, paired; empty where it was not measured."""
+        found = self.steps[-1].standing.latency
+        return {"original": found.original, "result": found.result} if found else {}
+
 
 def operate(
     model: nn.Module,
     example_inputs: Any,
     recipe: str | Path | dict[str, Any],
     *,
+    overrides: Mapping[str, Any] | None = None,
     data: Any = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -73,119 +97,167 @@ def operate(
     """Apply a recipe to a model and prove the result. The caller's model is not changed.
 
     `example_inputs`: a tensor, a tuple or a dict of the model's arguments, batch in dimension 0. `recipe`: a name, a
-    path or a dict. `data`: an iterable of batches without labels, or `surgery.Data`. `out`: the folder for files and
-    report; with `resume` its finished steps are taken over. `latency_rounds`: 0 leaves latency unmeasured.
-    `executor`: any `concurrent.futures.Executor`, for work that is independent per layer.
+    path or a dict; `overrides` change it by path, `{"passes.1.ratio": 0.3}`. `data`: an iterable of batches without
+    labels, or `surgery.Data`. `out`: the folder for files and report; with `resume` its finished steps are taken over.
+    `latency_rounds`: 0 leaves latency unmeasured. `executor`: any `concurrent.futures.Executor`, for work that is
+    independent per layer.
 
     Raises:
-        SurgeryError: one of its children, for a wrong recipe, plugin, model, input, data or folder. A broken budget is
-            no error here; see `Operation.passed`.
+        SurgeryError: one of its children, for a wrong recipe, plugin, model, input, data or folder, or a budget that
+            the unmodified model breaks. That the result breaks it is no error here; see `Operation.passed`.
     """
     plugins = registry or Registry.load()
-    plan = resolve(recipe, plugins)
-    given = Data.of(data)
+    plan = resolve(recipe, plugins, overrides)
     inputs = Inputs.of(model, example_inputs)
     with _folder(out) as folder:
         run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
-        original, result, reports = _run_steps(run, plan, model, inputs, given, device, progress, plugins, executor)
-        files = _write_files(run, plan, original, result, progress, plugins)
-        progress("verify", 0, 1)
-        verification = _verify(plan, original, result, given, files.get("model.onnx"))
-        operation = Operation(
-            model=result,
-            plan=plan,
-            reports=tuple(reports[1:]),
-            before=measure(original, original.inputs),
-            after=measure(result, result.inputs),
-            verification=verification,
-            latency=_latency(files, result.inputs, latency_rounds, progress),
-            sizes={name: path.stat().st_size for name, path in sorted(files.items())},
-            original=original,
-            folder=Path(out) if out is not None else None,
-        )
+        surgeon = _Run(run, plan, Data.of(data), plugins, device, latency_rounds, progress, executor)
+        operation = surgeon.operate(model, inputs)
+        operation = replace(operation, folder=Path(out) if out is not None else None)
         _write_report(run, operation)
     return operation
 
 
-def _run_steps(
-    run: RunFolder,
-    plan: Plan,
-    model: nn.Module,
-    inputs: Inputs,
-    data: Data,
-    device: str,
-    progress: Progress,
-    registry: Registry,
-    executor: Executor | None,
-) -> tuple[CapturedModel, CapturedModel, list[PassReport]]:
-    names = ["capture", *(step.name() for step in plan.steps)]
-    reports = run.finished(names)
-    progress("capture", 0, len(names))
-    if not reports:
-        reports = [PassReport(notes=(captured := capture(model, inputs)).notes)]
-        run.keep(0, names[0], captured, reports[0])
-    original = run.state(0, names[0])
-    current = original if len(reports) == 1 else run.state(len(reports) - 1, names[len(reports) - 1])
-    for index in range(len(reports), len(names)):
-        progress(names[index], index, len(names))
-        context = Context(original, data, plan.recipe.seed + index, device, progress, registry, executor)
-        current, report = plan.steps[index - 1](current, context)
-        run.keep(index, names[index], current, report)
-        reports.append(report)
-    return original, current, reports
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    folder: RunFolder
+    plan: Plan
+    data: Data
+    registry: Registry
+    device: str
+    rounds: int
+    progress: Progress
+    executor: Executor | None
+
+    def operate(self, model: nn.Module, inputs: Inputs) -> Operation:
+        names = ["capture", *(step.name() for step in self.plan.steps)]
+        results = self.folder.finished(names)
+        with self._scratch() as scratch:
+            self.progress("capture", 0, len(names))
+            original, judge = self._original(model, inputs, results, scratch)
+            last = len(results) - 1
+            current = original if last == 0 else self.folder.state(last, names[last])
+            while len(results) < len(names) and results[-1].outcome != "stopped":
+                self.progress(names[len(results)], len(results), len(names))
+                current, result = self._step(len(results), current, results[-1].standing, judge)
+                judge.forget_all_but(current)
+                self.folder.keep(len(results), current, result)
+                results.append(result)
+            files = self._write_files(original, current, judge)
+        sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
+        return Operation(current, self.plan, tuple(results), sizes, original, None)
+
+    def _original(
+        self, model: nn.Module, inputs: Inputs, results: list[StepResult], scratch: Path
+    ) -> tuple[CapturedModel, Judge]:
+        """The original as its stored state has it, so that a resumed run goes on from the same bits, and who judges by
+        it. A first run adds the step to `results`."""
+        if results:
+            original = self.folder.state(0, "capture")
+            return original, self._judge(original, scratch)
+        captured = capture(model, inputs)
+        with writing(scratch):
+            save_state(captured, scratch / "captured")
+        original = load_state(scratch / "captured")
+        judge = self._judge(original, scratch)
+        results.append(StepResult("capture", PassReport(notes=captured.notes), judge.check_budget()))
+        self.folder.keep(0, original, results[0])
+        return original, judge
+
+    def _judge(self, original: CapturedModel, scratch: Path) -> Judge:
+        return Judge(
+            original,
+            self.plan.recipe,
+            self.data,
+            scratch,
+            rounds=self.rounds,
+            metadata=self._provenance,
+            progress=self.progress,
+        )
+
+    def _step(
+        self, index: int, model: CapturedModel, standing: Standing, judge: Judge
+    ) -> tuple[CapturedModel, StepResult]:
+        """The model after the step, and what was done; the step's pass is tried milder where the plan says so."""
+        step: Pass | None = self.plan.steps[index - 1]
+        how: OnBreak = self.plan.on_break[index - 1]
+        attempts: list[str] = []
+        while step is not None:
+            current, report, reached = self._attempt(index, step, model, standing, judge)
+            shortfalls = reached.verification.shortfalls
+            tried = StepResult(step.name(), report, reached, "softened" if attempts else "kept", plain(step.options))
+            if how == "continue" or not (shortfalls and report.modified):
+                return current, replace(tried, attempts=tuple(attempts))
+            attempts.append(_broken(step, shortfalls))
+            step = step.softened() if how == "soften" and len(attempts) <= SOFTENINGS else None
+        return model, replace(
+            tried,
+            report=PassReport((), report.skips, report.notes),
+            standing=judge.unchanged(model, standing),
+            outcome="stopped" if how == "stop" else "undone",
+            attempts=tuple(attempts),
+        )
+
+    def _attempt(
+        self, index: int, step: Pass, model: CapturedModel, standing: Standing, judge: Judge
+    ) -> tuple[CapturedModel, PassReport, Standing]:
+        context = Context(
+            judge.original,
+            self.data,
+            self.plan.recipe.seed + index,
+            self.device,
+            self.progress,
+            self.registry,
+            self.executor,
+        )
+        result, report = step(model, context)
+        if not report.modified:
+            return model, report, judge.unchanged(model, standing)
+        return result, report, judge.operated(result, before=model)
+
+    def _write_files(self, original: CapturedModel, result: CapturedModel, judge: Judge) -> dict[str, Path]:
+        lock = {**self.plan.lock, "sha256": self.plan.hash}
+        self.folder.write("recipe.lock.yaml", yaml.safe_dump(lock, sort_keys=False, allow_unicode=True))
+        files: dict[str, Path] = {}
+        if "onnx" in self.plan.recipe.export:
+            shipped = result if result is not original else snapshot(result)
+            for model in (original, shipped):
+                files |= {path.name: path for path in self.folder.adopt(judge.file(model))}
+        if "source" in self.plan.recipe.export:
+            self.progress("model.py", 0, 1)
+            for path in export_source(result, self.folder.path, header=self._provenance):
+                files[path.name] = path
+        if "pack" in self.plan.recipe.export:
+            self.progress("model.surgery", 0, 1)
+            files["model.surgery"] = self._write_pack(result)
+        return files
+
+    def _write_pack(self, result: CapturedModel) -> Path:
+        """From the source of this very model, whether the recipe asks for that too or not."""
+        folder = self.folder.path
+        with writing(folder), self._scratch() as scratch:
+            export_source(result, scratch, header=self._provenance)
+            shutil.copy(folder / "recipe.lock.yaml", scratch)
+            return pack(scratch, folder / "model.surgery", registry=self.registry)
+
+    @property
+    def _provenance(self) -> dict[str, str]:
+        return {"recipe": self.plan.recipe.name, "recipe_sha256": self.plan.hash, "surgery": __version__}
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A folder for what only this run needs, gone when it ends; a killed run's is removed by the next."""
+        with writing(self.folder.path):
+            folder = tempfile.TemporaryDirectory(prefix=".model-", dir=self.folder.path)
+        with folder as path:
+            yield Path(path)
 
 
-def _write_files(
-    run: RunFolder,
-    plan: Plan,
-    original: CapturedModel,
-    result: CapturedModel,
-    progress: Progress,
-    registry: Registry,
-) -> dict[str, Path]:
-    provenance = {"recipe": plan.recipe.name, "recipe_sha256": plan.hash, "surgery": __version__}
-    run.write(
-        "recipe.lock.yaml", yaml.safe_dump({**plan.lock, "sha256": plan.hash}, sort_keys=False, allow_unicode=True)
-    )
-    files: dict[str, Path] = {}
-    if "onnx" in plan.recipe.export:
-        opset = plan.recipe.opset or OPSET
-        for name, model in (("original.onnx", original), ("model.onnx", result)):
-            progress(name, 0, 1)
-            metadata = provenance if model is result else {}
-            files[name] = export_onnx(model, model.inputs, run.path / name, opset=opset, metadata=metadata)
-    if "source" in plan.recipe.export:
-        progress("model.py", 0, 1)
-        for path in export_source(result, run.path, header=provenance):
-            files[path.name] = path
-    if "pack" in plan.recipe.export:
-        progress("model.surgery", 0, 1)
-        files["model.surgery"] = _write_pack(run.path, result, provenance, registry)
-    return files
-
-
-def _write_pack(folder: Path, result: CapturedModel, provenance: dict[str, str], registry: Registry) -> Path:
-    """From the source of this very model, whether the recipe asks for that too or not."""
-    with writing(folder), tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as scratch:
-        export_source(result, scratch, header=provenance)
-        shutil.copy(folder / "recipe.lock.yaml", scratch)
-        return pack(scratch, folder / "model.surgery", registry=registry)
-
-
-def _verify(plan: Plan, original: CapturedModel, result: CapturedModel, data: Data, onnx: Path | None) -> Verification:
-    """On the evaluation data, else the calibration data, else the example inputs."""
-    batches = next((b for b in (data.evaluation, data.calibration) if b is not None), [original.inputs])
-    labelled = data.evaluation is not None
-    budget = plan.recipe.budget
-    return verify(original, result, batches, onnx=onnx, budget=budget, labelled=labelled, metric=data.metric)
-
-
-def _latency(files: dict[str, Path], inputs: Inputs, rounds: int, progress: Progress) -> dict[str, Latency]:
-    if not rounds or "model.onnx" not in files:
-        return {}
-    progress("latency", 0, 1)
-    sessions = {"original": runtime_session(files["original.onnx"]), "result": runtime_session(files["model.onnx"])}
-    return latency({name: partial(session, inputs) for name, session in sessions.items()}, rounds=rounds)
+def _broken(step: Pass, shortfalls: Sequence[str]) -> str:
+    strengths = [f"{name} {getattr(step, name)}" for name in step.strength if getattr(step, name) is not None]
+    return f"{', '.join(strengths) or 'as given'}: {'; '.join(shortfalls)}"
 
 
 def _write_report(run: RunFolder, operation: Operation) -> None:

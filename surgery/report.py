@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ def summary(operation: Operation) -> dict[str, Any]:
     from . import __version__
 
     capture = operation.original
-    steps = zip(operation.plan.steps, operation.reports, strict=True)
     return {
         "recipe": operation.plan.lock,
         "recipe_sha256": operation.plan.hash,
@@ -46,7 +45,7 @@ def summary(operation: Operation) -> dict[str, Any]:
             "dynamic_batch": capture.dynamic_batch,
             "notes": list(capture.notes),
         },
-        "steps": [{"pass": step.name(), **_plain(asdict(report))} for step, report in steps],
+        "steps": [_plain(step.to_dict()) for step in operation.steps[1:]],
         "before": _plain(asdict(operation.before)),
         "after": _plain(asdict(operation.after)),
         "verification": operation.verification.to_dict(),
@@ -60,6 +59,7 @@ def timings(operation: Operation) -> dict[str, Any]:
     return {
         "machine": {"processor": platform.machine(), "system": platform.system(), "python": platform.python_version()},
         "onnxruntime_latency": {name: asdict(value) for name, value in operation.latency.items()},
+        "steps": [step.times() for step in operation.steps[1:]],
     }
 
 
@@ -69,18 +69,69 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table]:
     """What a person reads first: before and after, then what each pass did and left alone."""
-    result = [_comparison(summary, timings), proof(summary["verification"], any(summary["recipe"]["budget"].values()))]
+    result = [
+        _comparison(summary, timings),
+        proof(summary["verification"], any(summary["recipe"]["budget"].values())),
+        _way(summary, timings),
+    ]
     for number, step in enumerate(summary["steps"], 1):
-        rows = [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
+        rows = [("tried", "", text, "") for text in step["attempts"]]
+        rows += [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
         rows += [("skip", s["layer"], s["why"], "") for s in step["skips"]]
         result.append(
             Table(
-                f"{number}. {step['pass']}: {len(step['edits'])} edited, {len(step['skips'])} skipped",
+                f"{number}. {step['name']}: {_outcome(step)}{len(step['edits'])} edited, {len(step['skips'])} skipped",
                 ("", "layer", "reason", "numbers"),
                 tuple(rows),
             )
         )
     return result
+
+
+def _outcome(step: Mapping[str, Any]) -> str:
+    return "" if step["outcome"] == "kept" else f"{step['outcome'].upper()}, "
+
+
+def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
+    """The model after each step."""
+    columns = ("after", "parameters", "MACs", "ONNX bytes", "latency", "fidelity", "")
+    rows = []
+    before = summary["before"]
+    for number, (step, times) in enumerate(zip(summary["steps"], timings["steps"], strict=True), 1):
+        weights = step["measurement"]
+        speed = f"{times['result']['ratio']:.2f}× the original's speed" if times else ""
+        counts = (weights["parameters"], weights["macs"], step["onnx_bytes"])
+        rows.append(
+            (
+                f"{number}. {step['name']}",
+                *(f"{count:,}" for count in counts),
+                speed,
+                _fidelity_in_short(step["verification"]["fidelity"]),
+                "; ".join(_remarks(step, before, times)),
+            )
+        )
+        before = weights
+    return Table("After each step", columns, tuple(rows))
+
+
+def _fidelity_in_short(fidelity: Mapping[str, Any]) -> str:
+    if fidelity["accuracy_candidate"] is not None:
+        return f"accuracy {fidelity['accuracy_candidate']:.2%}"
+    if fidelity["top1_agreement"] is not None:
+        return f"same class {fidelity['top1_agreement']:.2%}"
+    return f"SQNR {_show(fidelity['sqnr_db'])} dB"
+
+
+def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader must not miss. A step is faster if it won three rounds of four."""
+    if step["outcome"] != "kept":
+        yield step["outcome"]
+    if step["outcome"] == "kept" and step["verification"]["shortfalls"]:
+        yield "BUDGET BROKEN"
+    now = step["measurement"]
+    smaller = [what for what, key in (("parameters", "parameters"), ("MACs", "macs")) if now[key] < 0.99 * before[key]]
+    if smaller and times and times["step"]["quartiles"][0] <= 1:
+        yield f"fewer {' and '.join(smaller)}, NOT faster"
 
 
 def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
@@ -129,6 +180,7 @@ def proof(verification: Mapping[str, Any], has_budget: bool = False) -> Table:
             (f"parity: {run['runtime']}", f"off by {_show(run['relative_error'])} of {_show(run['bound'])}, {verdict}")
         )
     rows += [("shortfall", text) for text in verification["shortfalls"]]
+    rows += [("not measured", text) for text in verification["unmeasured"]]
     rows.append(("verdict", _verdict(verification, has_budget)))
     return Table("Proof", ("question", "answer"), tuple(rows))
 

@@ -1,7 +1,7 @@
 """A run folder: finished steps survive a kill, artifacts appear whole or not at all, other runs are not touched.
 
 run.json                     what the folder belongs to: hashes of recipe, model and inputs
-steps/0-capture/             state and report of each finished step; older states are dropped, reports stay
+steps/0-capture/             state, report and latency of each finished step; older states are dropped, reports stay
 model.onnx model.py model.safetensors model.surgery recipe.lock.yaml report.json report.md report.html timings.json
 """
 
@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from .captured import CapturedModel
 from .errors import RunError
 from .inputs import Inputs
 from .names import tensors
-from .passes import Edit, PassReport, Skip
 from .recipe import Plan
 from .state import load_state, save_state
+from .steps import StepResult
 
 
 def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, str]:
@@ -53,6 +52,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+_REPORT, _TIMES = "report.json", "timings.json"
 _STEMS = ("model", "original", "recipe", "report", "run", "timings")
 
 
@@ -103,37 +103,44 @@ class RunFolder:
             os.replace(partial, target)
         return target
 
-    def finished(self, names: Sequence[str]) -> list[PassReport]:
-        """Reports of the finished steps, the first of `names` onwards; states that nothing needs any more are
-        dropped.
-        """
-        reports = []
+    def finished(self, names: Sequence[str]) -> list[StepResult]:
+        """The finished steps, the first of `names` onwards; states that nothing needs any more are dropped."""
+        results = []
         for index, name in enumerate(names):
             folder = self._folder(index, name)
             if not folder.exists():
                 break
-            reports.append(_report_from(_read_json(folder / "report.json")))
-        for index, name in enumerate(names[1 : max(1, len(reports) - 1)], start=1):
+            results.append(_result_from(folder))
+        for index, name in enumerate(names[1 : max(1, len(results) - 1)], start=1):
             _drop_state(self._folder(index, name))
-        return reports
+        return results
 
     def state(self, index: int, name: str) -> CapturedModel:
         """The model as the finished step left it."""
         return load_state(self._folder(index, name))
 
-    def keep(self, index: int, name: str, model: CapturedModel, report: PassReport) -> None:
+    def keep(self, index: int, model: CapturedModel, result: StepResult) -> None:
         """Store a finished step; the state of the step before it is dropped, but never the captured original's."""
-        folder = self._folder(index, name)
+        folder = self._folder(index, result.name)
         partial = self._steps / f".{folder.name}"
         with writing(folder):
             partial.mkdir()
             save_state(model, partial)
-            text = json.dumps(asdict(report), indent=2, sort_keys=True) + "\n"
-            (partial / "report.json").write_text(text, encoding="utf-8")
+            _write_json(partial / _REPORT, result.to_dict())
+            if times := result.times():
+                _write_json(partial / _TIMES, times)
             os.replace(partial, folder)
         if index > 1:
             for previous in self._steps.glob(f"{index - 1}-*"):
                 _drop_state(previous)
+
+    def adopt(self, file: Path) -> list[Path]:
+        """Move a finished file, and the second one beside it that large weights need, here under their own names."""
+        parts = sorted(file.parent.glob(f"{file.name}*"), reverse=True)  # the second file first
+        for part in parts:
+            with writing(self.path / part.name):
+                os.replace(part, self.path / part.name)
+        return [self.path / part.name for part in parts]
 
     def _folder(self, index: int, name: str) -> Path:
         return self._steps / f"{index}-{name}"
@@ -141,7 +148,7 @@ class RunFolder:
 
 def _drop_state(folder: Path) -> None:
     for file in folder.iterdir():
-        if file.name != "report.json":
+        if file.name not in (_REPORT, _TIMES):
             file.unlink()
 
 
@@ -154,15 +161,18 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
-def _report_from(raw: Any) -> PassReport:
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _result_from(folder: Path) -> StepResult:
     try:
-        return PassReport(
-            tuple(Edit(**edit) for edit in raw["edits"]),
-            tuple(Skip(**skip) for skip in raw["skips"]),
-            tuple(raw["notes"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise RunError(f"a step's report is damaged: {error}", fix="delete the run folder and run again") from error
+        times = folder / _TIMES
+        return StepResult.from_dict(_read_json(folder / _REPORT), _read_json(times) if times.exists() else {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"a step's report is damaged: {error}", at=str(folder), fix="delete the run folder and run again"
+        ) from error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .captured import CapturedModel
+from .divergence import Divergence
 from .export.onnx import export_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
@@ -38,6 +39,8 @@ class Verification:
     """The candidate in PyTorch on other devices."""
     shortfalls: tuple[str, ...] = ()
     """What fails, one sentence each; empty if all is well."""
+    unmeasured: tuple[str, ...] = ()
+    """Bounds of the budget that nothing was there to measure by."""
 
     @property
     def passed(self) -> bool:
@@ -59,9 +62,21 @@ class Verification:
                 "parity": [asdict(run) | {"passed": run.passed} for run in self.parity],
                 "devices": [asdict(run) | {"passed": run.passed} for run in self.devices],
                 "shortfalls": list(self.shortfalls),
+                "unmeasured": list(self.unmeasured),
             }
         )
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Verification:
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError where it is none."""
+        return cls(
+            Fidelity(**_numbers(plain["fidelity"])),
+            tuple(map(_parity_from, plain["parity"])),
+            tuple(map(_parity_from, plain["devices"])),
+            tuple(plain["shortfalls"]),
+            tuple(plain["unmeasured"]),
+        )
 
 
 def verify(
@@ -134,33 +149,55 @@ def _contests(
                 running(runtime_session(file, [provider]), signature=model),
             )
     if torch.cuda.is_available():
-        yield Contest("PyTorch cuda", bound or bound_of(model) * CUDA_FACTOR), running(model, device="cuda")
+        yield (
+            Contest(f"PyTorch cuda ({torch.cuda.get_device_name()})", bound or bound_of(model) * CUDA_FACTOR),
+            running(model, device="cuda"),
+        )
 
 
 def _verdict(measured: Fidelity, results: list[Parity], budget: Budget | None) -> Verification:
     on_runtime = tuple(p for p in results if p.runtime.endswith("ExecutionProvider"))
     devices = tuple(p for p in results if p not in on_runtime)
     shortfalls = (*_losses(measured, budget), *(_difference(p) for p in results if not p.passed))
-    return Verification(measured, on_runtime, devices, shortfalls)
+    unmeasured = tuple(f"{bound.what} ({bound.needs})" for bound in _bounds(measured, budget) if bound.value is None)
+    return Verification(measured, on_runtime, devices, shortfalls, unmeasured)
 
 
 def _losses(measured: Fidelity, budget: Budget | None) -> Iterator[str]:
-    """Where the fidelity breaks the budget. What was not measured is not kept either."""
+    """Where the fidelity breaks the budget. What was not measured leaves the judgement to the other bounds; where it is
+    left to none, the budget is not kept."""
     if math.isinf(measured.max_error):
         yield "the candidate returns NaN, or infinity where the reference does not"
+    bounds = _bounds(measured, budget)
+    if bounds and all(bound.value is None for bound in bounds):
+        yield "; ".join(f"{bound.what} was not measured ({bound.needs})" for bound in bounds)
+    for bound in bounds:
+        if bound.value is not None and bound.value < bound.least:
+            yield f"{bound.what} is {bound.value:.4g}, the budget {bound.least:.4g}"
+
+
+@dataclass(frozen=True)
+class _Bound:
+    what: str
+    value: float | None
+    least: float
+    needs: str
+
+
+def _bounds(measured: Fidelity, budget: Budget | None) -> list[_Bound]:
+    """Those that the budget gives."""
     if budget is None:
-        return
+        return []
     before, after = measured.accuracy_reference, measured.accuracy_candidate
-    drop = None if before is None or after is None else before - after
-    if budget.accuracy_drop is not None and (drop is None or drop > budget.accuracy_drop):
-        fall = f"falls by {drop:.4g}" if drop is not None else "was not measured (no labels)"
-        yield f"accuracy {fall}, the budget is a fall of {budget.accuracy_drop}"
-    agreement = measured.top1_agreement
-    if budget.top1_agreement is not None and (agreement is None or agreement < budget.top1_agreement):
-        found = f"is {agreement:.4g}" if agreement is not None else "was not measured (no class scores)"
-        yield f"top-1 agreement {found}, the budget is {budget.top1_agreement}"
-    if budget.sqnr_db is not None and measured.sqnr_db < budget.sqnr_db:
-        yield f"the SQNR is {measured.sqnr_db:.4g} dB, the budget {budget.sqnr_db}"
+    change = None if before is None or after is None else after - before
+    drop = None if budget.accuracy_drop is None else -budget.accuracy_drop
+    rows = [
+        ("accuracy", after, budget.accuracy, "no labels"),
+        ("change of accuracy", change, drop, "no labels"),
+        ("top-1 agreement", measured.top1_agreement, budget.top1_agreement, "no class scores"),
+        ("SQNR in dB", measured.sqnr_db, budget.sqnr_db, "no outputs"),
+    ]
+    return [_Bound(what, value, least, needs) for what, value, least, needs in rows if least is not None]
 
 
 def _difference(run: Parity) -> str:
@@ -168,6 +205,16 @@ def _difference(run: Parity) -> str:
     return (
         f"{run.runtime} is off by {run.relative_error:.3g} of the largest output, the bound is {run.bound:.3g}{place}"
     )
+
+
+def _parity_from(plain: Mapping[str, Any]) -> Parity:
+    found = plain["first_divergence"]
+    values = {key: value for key, value in _numbers(plain).items() if key not in ("passed", "first_divergence")}
+    return Parity(**values, first_divergence=Divergence(**_numbers(found)) if found else None)
+
+
+def _numbers(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if value in ("inf", "-inf", "nan") else value for key, value in plain.items()}
 
 
 def _jsonable(value: Any) -> Any:

@@ -53,11 +53,16 @@ def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
         tests["test_contract"](*case.values)
 
 
-def test_the_recipe_of_the_docs_is_a_recipe():
-    from surgery.recipe import resolve
+def test_the_recipes_of_the_docs_are_recipes():
+    from surgery.recipe import overrides_from, resolve
 
-    [text] = code_blocks("docs/recipes.md", "yaml")
-    assert len(resolve(yaml.safe_load(text), Registry.load()).steps) == 2
+    plain, using = (yaml.safe_load(text) for text in code_blocks("docs/recipes.md", "yaml"))
+    assert len(resolve(plain, Registry.load()).steps) == 2
+    assert resolve(using, Registry.load()).steps[0].macs == 0.7
+    settings = re.findall(r"--set (\S+)", "".join(code_blocks("docs/recipes.md", "sh")))
+    assert len(settings) == 4
+    plan = resolve("half_the_macs", Registry.load(), overrides_from(settings))
+    assert (plan.steps[0].macs, plan.steps[0].steps, plan.on_break) == (0.7, 2, ("soften",))
 
 
 def docs_plugin(monkeypatch, code: str) -> ModuleType:

@@ -14,7 +14,20 @@ from pydantic import Field
 from torch import nn
 
 import surgery
-from surgery import CaptureError, Data, Edit, InputError, Pass, PassError, PassReport, RecipeError, RunError, hookimpl
+from surgery import (
+    CaptureError,
+    Data,
+    Edit,
+    InputError,
+    Pass,
+    PassError,
+    PassReport,
+    RecipeError,
+    RunError,
+    hookimpl,
+    report,
+)
+from surgery.pipeline import SOFTENINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +36,7 @@ class Damp(Pass):
 
     factor: Annotated[float, Field(gt=0, description="factor")] = 0.5
     idempotent = False
+    strength = {"factor": 1.0}  # noqa: RUF012
 
     def apply(self, model, context):
         edits = []
@@ -231,6 +245,81 @@ def test_a_broken_budget_is_reported_and_the_files_are_kept(net, inputs, tmp_pat
     assert "SQNR" in operation.verification.shortfalls[0]
     assert (tmp_path / "run" / "model.onnx").exists()
     assert json.loads((tmp_path / "run" / "report.json").read_text())["passed"] is False
+
+
+SPARE = {"sqnr_db": 15.0}
+"""Which `damp` breaks at 0.5 (8 dB) and 0.75 (14 dB), and keeps at 0.875 (20 dB)."""
+
+
+def same_outputs(first, second, inputs):
+    with torch.no_grad():
+        expected, actual = first(**inputs), second(**inputs)
+    return all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_a_step_that_breaks_the_budget_is_undone_and_the_next_one_runs(net, inputs, tmp_path):
+    steps = [{"damp": {"factor": 0.5}, "on_break": "undo"}, "jitter"]
+    operation = operate(net, inputs, *steps, budget=SPARE, out=tmp_path / "run")
+    damp, jitter = operation.steps[1:]
+    assert (damp.outcome, jitter.outcome) == ("undone", "kept")
+    assert [text.split(" is ")[0] for text in damp.attempts] == ["factor 0.5: SQNR in dB"]
+    assert not damp.report.edits
+    assert jitter.report.edits
+    assert operation.passed
+    alone = operate(net, inputs, {"jitter": {"exclude": ["head"]}})  # the same noise but for the seed of the step
+    assert not same_outputs(operation.model, alone.model, inputs)
+    assert same_outputs(operation.model, surgery.load(tmp_path / "run"), inputs)
+
+
+def test_undoing_the_only_step_leaves_the_original(net, inputs, tmp_path):
+    operation = operate(net, inputs, {"damp": {}, "on_break": "undo"}, budget=SPARE, out=tmp_path / "run")
+    assert same_outputs(operation.original, operation.model, inputs)
+    assert operation.verification.fidelity.max_error == 0
+    assert (tmp_path / "run" / "model.onnx").exists()
+    first = files(tmp_path / "run")
+    operate(net, inputs, {"damp": {}, "on_break": "undo"}, budget=SPARE, out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == first
+
+
+def test_a_step_is_softened_until_the_budget_holds(net, inputs):
+    operation = operate(net, inputs, {"damp": {"factor": 0.5}, "on_break": "soften"}, budget=SPARE)
+    step = operation.steps[1]
+    assert (step.outcome, step.options["factor"]) == ("softened", 0.875)
+    assert [text.split(":")[0] for text in step.attempts] == ["factor 0.5", "factor 0.75"]
+    assert operation.verification.fidelity.sqnr_db >= 15.0
+
+
+def test_a_step_that_no_softening_saves_is_undone(net, inputs):
+    operation = operate(net, inputs, {"damp": {"factor": 0.5}, "on_break": "soften"}, budget={"sqnr_db": 99.0})
+    assert operation.steps[1].outcome == "undone"
+    assert len(operation.steps[1].attempts) == 1 + SOFTENINGS
+    assert operation.passed
+
+
+def test_stopping_keeps_what_stood_before_and_runs_nothing_more(net, inputs, tmp_path):
+    steps = ["jitter", {"damp": {}, "on_break": "stop"}, "explode"]
+    operation = operate(net, inputs, *steps, budget=SPARE, out=tmp_path / "run")
+    assert [step.outcome for step in operation.steps] == ["kept", "kept", "stopped"]
+    assert same_outputs(operation.model, operate(net, inputs, "jitter").model, inputs)
+    first = files(tmp_path / "run")
+    operate(net, inputs, *steps, budget=SPARE, out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == first
+
+
+def test_the_report_has_every_step_and_says_where_numbers_fell_and_time_did_not(net, inputs):
+    operation = operate(net, inputs, {"damp": {}, "on_break": "undo"}, "jitter", budget=SPARE)
+    summary = report.summary(operation)
+    summary["steps"][1]["measurement"]["macs"] //= 2
+    slow = {"seconds": 1.0, "ratio": 1.0, "quartiles": [0.9, 1.1]}
+    times = {"steps": [{}, {"original": slow, "result": slow, "step": slow}], "onnxruntime_latency": {}}
+    shown = next(table for table in report.tables(summary, times) if table.title == "After each step")
+    assert [row[0] for row in shown.rows] == ["1. damp", "2. jitter"]
+    assert [row[-1] for row in shown.rows] == ["undone", "fewer MACs, NOT faster"]
+
+
+def test_a_budget_that_cannot_be_measured_is_refused_before_the_first_pass(net, inputs):
+    with pytest.raises(RecipeError, match=r"the unmodified model breaks .* was not measured \(no labels\)"):
+        operate(net, inputs, "explode", budget={"accuracy_drop": 0.01})
 
 
 def test_accuracy_is_measured_with_labels_and_its_budget_held(net, inputs):

@@ -17,6 +17,7 @@ class Shave(Pass):
 
     amount: Annotated[float, Field(gt=0, lt=1, description="share taken off")] = 0.5
     rounds: Annotated[int, Field(ge=1, description="how often")] = 1
+    strength: ClassVar[dict[str, float]] = {"amount": 0.0, "rounds": 1}
 
     def apply(self, model, context):
         return PassReport((Edit("x", "shaved"),))
@@ -97,7 +98,7 @@ def test_every_option_changes_the_hash(registry):
         (recipe({"shave": {"rounds": 1.5}}), "rounds"),
         (recipe({"shave": {"rounds": True}}), "rounds"),
         (recipe({"shave": {"select": "a"}}), "select"),
-        (recipe({"shave": [1]}), "passes.0.shave"),
+        (recipe({"shave": [1]}), "options [1] are no mapping"),
         (recipe({"shave": {}, "freeze": {}}), "2 keys"),
         (recipe(3), "passes.0"),
         (recipe("shave", seed=-1), "seed"),
@@ -161,14 +162,119 @@ def test_a_recipe_file_is_read_by_path_and_a_missing_one_says_so(tmp_path, regis
 def test_the_schema_knows_every_installed_pass_and_its_ranges(registry):
     document = json.loads(json.dumps(schema(registry)))
     offered = {k for s in document["properties"]["passes"]["items"]["anyOf"] for k in s.get("properties", {})}
-    assert offered == {"shave", "freeze", "widen"}
+    assert offered == {"shave", "freeze", "widen", "use", "with", "on_break"}
     shave = next(
-        s["properties"]["shave"]
+        s["properties"]["shave"]["anyOf"][0]
         for s in document["properties"]["passes"]["items"]["anyOf"]
         if "shave" in s.get("properties", {})
     )
     assert shave["properties"]["amount"]["exclusiveMaximum"] == 1
     assert shave["additionalProperties"] is False
+
+
+def write(folder, **recipes):
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(f"name: {name}\n{text}")
+
+
+def test_a_recipe_uses_another_with_changed_options(tmp_path, registry):
+    write(
+        tmp_path,
+        inner="seed: 7\npasses: [widen, {shave: {amount: 0.1, rounds: 3}}]\nbudget: {sqnr_db: 99.0}",
+        outer="passes:\n  - use: inner.yaml\n    with: {shave: {amount: 0.2}}\n  - freeze",
+    )
+    plan = resolve(tmp_path / "outer.yaml", registry)
+    assert [step.name() for step in plan.steps] == ["widen", "shave", "freeze"]
+    assert (plan.steps[1].options["amount"], plan.steps[1].options["rounds"]) == (0.2, 3)
+    assert (plan.recipe.seed, plan.recipe.budget.sqnr_db) == (0, None)  # of the outer recipe
+    assert resolve(plan.lock, registry).hash == plan.hash
+
+
+def test_recipes_nest_and_each_keeps_what_it_does_with_a_broken_budget(tmp_path, registry):
+    write(
+        tmp_path,
+        a="on_break: undo\npasses: [shave, {shave: null, on_break: stop}]",
+        b="passes: [{use: a.yaml}, widen]",
+        c="on_break: soften\npasses: [{use: b.yaml}, {use: a.yaml, on_break: continue}, shave]",
+    )
+    assert resolve(tmp_path / "c.yaml", registry).on_break == (
+        "undo", "stop", "soften", "continue", "continue", "soften",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("{use: other.yaml}", "other.yaml uses"),
+        ("{use: me.yaml}", "uses each other in a circle|in a circle: .*me.yaml uses .*me.yaml"),
+        ("{use: nowhere.yaml}", "cannot be read"),
+        ("{use: nowhere}", "no recipe named 'nowhere'"),
+        ("{use: 3}", "3 is no name or path"),
+        ("{use: fine.yaml, whith: {}}", "unknown key 'whith' beside `use`"),
+        ("{use: fine.yaml, with: {shav: {}}}", r"'shav' is no pass of .*fine.yaml \(did you mean shave\?\)"),
+        ("{use: fine.yaml, with: {shave: 3}}", "does not map passes to options"),
+        ("{use: fine.yaml, with: {shave: {amuont: 1}}}", "did you mean amount"),
+        ("{use: wrong.yaml}", "unknown key 'bugdet'"),
+        ("{shave: {}, on_break: udno}", "on_break: 'udno'"),
+        ("{freeze: {}, on_break: soften}", "freeze has no strength"),
+    ],
+)
+def test_a_wrong_use_says_what_and_where(item, message, tmp_path, registry):
+    write(
+        tmp_path,
+        me=f"passes: [{item}]",
+        other="passes: [{use: me.yaml}]",
+        fine="passes: [shave]",
+        wrong="passes: [shave]\nbugdet: {}",
+    )
+    with pytest.raises(RecipeError, match=message) as caught:
+        resolve(tmp_path / "me.yaml", registry)
+    assert ".yaml" in str(caught.value)
+
+
+def test_overrides_go_by_index_by_name_and_by_key(registry):
+    raw = recipe("widen", {"shave": {"amount": 0.1}}, budget={"sqnr_db": 3.0})
+    overrides = {
+        "passes.1.amount": 0.3,
+        "passes.shave.rounds": 2,
+        "passes.shave.on_break": "undo",
+        "budget.parity": 0.5,
+        "seed": 4,
+        "on_break": "stop",
+    }
+    plan = resolve(raw, registry, overrides)
+    assert (plan.steps[1].options["amount"], plan.steps[1].options["rounds"]) == (0.3, 2)
+    assert plan.on_break == ("stop", "undo")
+    assert (plan.recipe.seed, plan.recipe.budget.sqnr_db, plan.recipe.budget.parity) == (4, 3.0, 0.5)
+    assert raw == recipe("widen", {"shave": {"amount": 0.1}}, budget={"sqnr_db": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("passes.3.amount", r"no pass '3'.*passes.0 \(shave\), passes.1 \(widen\), passes.2 \(shave\)"),
+        ("passes.melt.amount", "no pass 'melt'"),
+        ("passes.shave.amount", "2 passes are named 'shave'"),
+        ("passes.0", "names a pass and no option"),
+        ("passes.0.amuont", "did you mean amount"),
+        ("passes.-1.amount", "no pass '-1'"),
+        ("pases.0.amount", "did you mean passes"),
+        ("budget.sqnr", "sqnr"),
+        ("seed.low", "seed"),
+    ],
+)
+def test_an_override_of_nothing_says_what_there_is(path, message, registry):
+    with pytest.raises(RecipeError, match=f"(?s){message}"):
+        resolve(recipe("shave", "widen", "shave"), registry, {path: 0.3})
+
+
+def test_softening_goes_halfway_to_where_the_pass_does_least(registry):
+    step = resolve(recipe({"shave": {"amount": 0.5, "rounds": 4}}), registry).steps[0]
+    softer = []
+    while (step := step.softened()) is not None and len(softer) < 4:
+        softer.append((step.amount, step.rounds))
+    assert softer == [(0.25, 2), (0.125, 1), (0.0625, 1), (0.03125, 1)]
+    assert resolve(recipe("freeze"), registry).steps[0].softened() is None
 
 
 def test_a_criterion_that_no_plugin_offers_is_refused_before_anything_runs():

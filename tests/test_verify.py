@@ -25,7 +25,7 @@ from surgery.fidelity import fidelity
 from surgery.parity import BOUNDS, parity
 from surgery.recipe import Budget
 from surgery.report import proof
-from surgery.verification import verify
+from surgery.verification import Verification, verify
 
 BOUND = BOUNDS[torch.float32]
 
@@ -205,9 +205,15 @@ def test_a_budget_that_is_missed_is_said(net: nn.Module, file: Path) -> None:
     budget = Budget(accuracy_drop=0.01, top1_agreement=0.99, sqnr_db=20, parity=1e-3)
     result = verify(net, candidate, batches(), onnx=file, budget=budget)
     assert not result.passed
-    assert [line.split()[0] for line in result.shortfalls] == ["accuracy", "top-1", "the", "CPUExecutionProvider"]
-    assert "not measured" in result.shortfalls[0]
+    assert [line.split()[0] for line in result.shortfalls] == ["top-1", "SQNR", "CPUExecutionProvider"]
+    assert result.unmeasured == ("change of accuracy (no labels)",)
+    assert Verification.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert result.broken == ("fidelity", "parity")
+
+
+def test_a_budget_of_which_nothing_can_be_measured_is_not_kept(net: nn.Module, file: Path) -> None:
+    result = verify(net, net, batches(), onnx=file, budget=Budget(accuracy_drop=0.01))
+    assert result.shortfalls == ("change of accuracy was not measured (no labels)",)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,11 @@ class DepthwiseSeparable(Pass):
     before. The network usually wants training afterwards, and with `norm_activation` it needs it.
     """
 
-    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "the two kernels would be ordinary weights, which share no values",
+        "masked": "the two kernels would be ordinary weights, without the zeros",
+    }
 
     multiplier: Annotated[int, Field(ge=1, description=_MULTIPLIER)] = 1
     norm_activation: Annotated[bool, Field(description="BatchNorm and ReLU between the two, as in MobileNet")] = False

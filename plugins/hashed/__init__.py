@@ -16,6 +16,8 @@ from surgery import Pass, PassReport, hookimpl
 if TYPE_CHECKING:
     from surgery import CapturedModel, Context
 
+MIN_WEIGHTS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hashed(Pass):
@@ -26,7 +28,13 @@ class Hashed(Pass):
     the other. The values can be trained as they stand.
     """
 
-    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
+    marks: ClassVar[frozenset[str]] = frozenset({"shared"})
+    strength: ClassVar[Mapping[str, float]] = {"factor": 1.0}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "the weights share their values already",
+        "masked": "what a hash shares among all weights is not zero where they were",
+    }
 
     factor: Annotated[float, Field(gt=0, lt=1, description="shared values per weight, the compression factor")] = 0.125
     seed: Annotated[int, Field(ge=0, description="decides the hash of every layer, together with its name")] = 0
@@ -37,7 +45,11 @@ class Hashed(Pass):
     min_weights: Annotated[
         int,
         Field(ge=1, description="smaller layers stay: in an ONNX file the hash itself takes about 3 kB per layer"),
-    ] = 1024
+    ] = MIN_WEIGHTS
+
+    @property
+    def partial(self) -> bool:
+        return super().partial or self.min_weights > MIN_WEIGHTS
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .application import Application

@@ -12,8 +12,9 @@ clustering  the way through a model
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +32,13 @@ class Kmeans(Pass):
     equation 3); weights that are zero stay zero. With calibration data the error of the outputs decides: values that
     meet strong inputs count more, later weights make up for earlier ones, and later layers for earlier layers.
     """
+
+    marks: ClassVar[frozenset[str]] = frozenset({"shared"})
+    strength: ClassVar[Mapping[str, float]] = {"bits": 8}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "the weights share their values already",
+    }
 
     bits: Annotated[int, Field(ge=1, le=8, description="bits of an index; a codebook holds 2^bits values")] = 4
     per: Annotated[

@@ -140,7 +140,8 @@ class Clustering:
     def _streamed(self, targets: list[Target]) -> dict[str, Found]:
         """Layers without a map of their own, towards their own outputs."""
         calibration, found = self.context.calibration, {}
-        by_layer = {target.layer: target for target in targets}
+        here = {layer.name: layer for layer in surgery.layers(self.model)}  # ordinary ones by now
+        by_layer = {here[target.name]: target for target in targets}
         small = [layer for layer in by_layer if surgery.gram_bytes(layer) <= calibration.gram_bytes]
         for layer, statistics in calibration.stream(self.model, small, ("gram",)):
             target, matrix, dtype = by_layer[layer], self._matrix(layer).cpu().double(), layer.module.weight.dtype

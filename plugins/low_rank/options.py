@@ -33,7 +33,19 @@ class LowRank(Pass):
     """
 
     idempotent: ClassVar[bool] = False
-    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
+    strength: ClassVar[Mapping[str, float]] = {
+        "layer_macs": 1.0,
+        "energy": 1.0,
+        "macs": 1.0,
+        "parameters": 1.0,
+        "bytes": 1.0,
+        "output_error": 0.0,
+    }
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "the factors would be ordinary weights, which share no values",
+        "masked": "the factors would be ordinary weights, without the zeros",
+    }
 
     rank: Annotated[
         Rank | Literal["vbmf"] | None,

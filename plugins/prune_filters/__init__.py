@@ -39,7 +39,11 @@ class PruneFilters(Pass):
     """
 
     idempotent: ClassVar[bool] = False
-    refuses: ClassVar[Mapping[str, str]] = {"int8": "the weights are integers by then"}
+    strength: ClassVar[Mapping[str, float]] = {"ratio": 0.0, "macs": 1.0, "parameters": 1.0, "bytes": 1.0}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "no channel can be taken out of a weight that is looked up",
+    }
 
     ratio: Annotated[Ratio | None, Field(description="share of each group's units that is removed")] = None
     macs: Annotated[Share | None, Field(description="share of the model's MACs that remains")] = None
@@ -104,6 +108,8 @@ class PruneFilters(Pass):
             found.remove(marks)
             if repairs:
                 repaired = self._repair(model, reference, keep, context)
+        if repairs:
+            skips += _not_solved(model)
         return PassReport((*_edits(widths, lost), *repaired), tuple(skips))
 
     def _repair(self, model: CapturedModel, reference: CapturedModel, keep: Kept, context: Context) -> tuple[Edit, ...]:
@@ -144,6 +150,12 @@ def _edits(widths: dict[str, int], lost: Counter[str]) -> list[Edit]:
         Edit(layer, f"{before} → {after} channels", {"channels_before": before, "channels_after": after})
         for layer, (before, after) in left.items()
     ]
+
+
+def _not_solved(model: CapturedModel) -> list[Skip]:
+    """Layers whose weights could not be solved anew without losing what they are computed by, such as their zeros."""
+    computed = [layer for layer in surgery.layers(model) if layer.computed]
+    return [Skip(x.name, f"not solved anew: its weight is computed from {', '.join(x.computed)}") for x in computed]
 
 
 def _skips(found: Channels) -> list[Skip]:

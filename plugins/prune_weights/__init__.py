@@ -9,8 +9,9 @@ an ordinary one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +34,13 @@ class PruneWeights(Pass):
     layer's output error; `obs` those that the others can best make up for on calibration data, a few at a time, the
     others solved anew each time (Hassibi and Stork 1993; layer by layer Dong et al. 2017, arXiv:1705.07565).
     """
+
+    marks: ClassVar[frozenset[str]] = frozenset({"masked"})
+    strength: ClassVar[Mapping[str, float]] = {"sparsity": 0.0}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "int8": "the weights are integers by then",
+        "shared": "a value that weights share is not zero in one place alone",
+    }
 
     sparsity: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | None,

@@ -6,7 +6,7 @@ all of them. Layers that are called several times are rounded to the nearest by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,18 @@ from surgery import Aim, CapturedModel, Context, Layer, Step, Task
 from .adaround import adaround
 from .gptq import gptq
 from .insertion import BIAS_STEPS, input_scale
-from .observers import weight_scheme
 from .scheme import Grid, Scheme
+from .shared import Lookup, Rounded
+from .weights import WeightObserver, weight_scheme
 
 if TYPE_CHECKING:
     from . import Quantize
 
 FEW_BITS = 6
 """Of a weight, from which on clipping the largest ones pays."""
+SHARED_ERROR = 5.0
+"""In steps of the grid, of outputs that share a scale, up to which shared values stay: little beside what sharing cost,
+but much where single values are far larger than all others."""
 _ROUNDED: dict[str, Callable[..., Tensor]] = {"gptq": gptq, "adaround": adaround}
 
 
@@ -39,6 +43,8 @@ class Fitted:
     bias: Tensor | None
     error: float
     """‖W - Ŵ‖ / ‖W‖"""
+    shared: Rounded | None = None
+    """What the integers are looked up in, where the weight was made of few values."""
 
     @property
     def weight(self) -> Tensor:
@@ -47,49 +53,68 @@ class Fitted:
 
 
 def fit(
-    step: Quantize, bits: int, model: CapturedModel, reference: CapturedModel, chosen: list[Layer], context: Context
+    step: Quantize,
+    bits: int,
+    model: CapturedModel,
+    reference: CapturedModel,
+    chosen: list[Layer],
+    lookups: Mapping[str, Lookup],
+    context: Context,
 ) -> dict[str, Fitted]:
-    """The integers of every layer by name. `reference`: the same nodes, in float."""
+    """The integers of every layer by name. `reference`: the same nodes, in float; `lookups`: what weights of few values
+    are looked up in."""
     grid = Grid.signed(bits)
-    found = {layer.name: _nearest(step, layer, grid, surgery.weight_of(layer)) for layer in chosen}
+    found = {layer.name: _nearest(step, layer, grid, lookups.get(layer.name)) for layer in chosen}
     if step.rounding == "nearest" and not step.bias_correction:
         return found
     single = [layer for layer in chosen if len(layer.nodes) == 1 and not layer.functional]
     steps = [Step(layer, Aim(layer.nodes[0].name)) for layer in single]
     for task in context.calibration.sweep(model, steps, reference):
-        fitted = _fitted(step, task, grid)
+        fitted = _fitted(step, task, grid, found[task.layer.name].shared)
         found[task.layer.name] = fitted
         _simulate(task.layer.module, fitted)
     return found
 
 
-def _nearest(step: Quantize, layer: Layer, grid: Grid, weight: Tensor) -> Fitted:
+def _nearest(step: Quantize, layer: Layer, grid: Grid, lookup: Lookup | None) -> Fitted:
+    weight, bias = surgery.weight_of(layer), _bias(layer)
+    shared = lookup.rounded(weight, grid, _observer(grid)) if lookup else None
+    if shared and shared.error * grid.high <= SHARED_ERROR and bool((_least_scale(layer) <= shared.scale).all()):
+        return _made(weight, shared.integers, _per_output(shared.scale, grid), bias, shared)
     scheme = _scheme(step, layer, grid, weight, None)
-    bias: Any = layer.module.bias
-    return _made(weight, scheme.quantise(weight.double()), scheme, None if bias is None else bias.detach())
+    return _made(weight, scheme.quantise(weight.double()), scheme, bias)
 
 
-def _fitted(step: Quantize, task: Task, grid: Grid) -> Fitted:
+def _fitted(step: Quantize, task: Task, grid: Grid, shared: Rounded | None) -> Fitted:
     module: Any = task.layer.module
     weight = module.weight.detach()
     inputs = task.inputs()
-    scheme = _scheme(step, task.layer, grid, weight, task.weight(inputs.power.unsqueeze(1).expand_as(task.matrix)))
-    if step.rounding == "nearest":
-        integers = scheme.quantise(weight.double())
+    if shared:
+        scheme, integers = _per_output(shared.scale, grid), shared.integers
     else:
-        matrix = task.matrix
-        solved = _ROUNDED[step.rounding](matrix, task.regression.xx, scheme, zeros=matrix == 0)
-        integers = task.weight(solved).double()
-    bias = None if module.bias is None else module.bias.detach()
+        power = task.weight(inputs.power.unsqueeze(1).expand_as(task.matrix))
+        scheme = _scheme(step, task.layer, grid, weight, power)
+        integers = _integers(step, task, scheme)
+    bias = _bias(task.layer)
     if step.bias_correction:
         rounded = scheme.dequantise(integers).reshape(task.matrix.shape)
         bias = (task.targets().mean - (rounded @ inputs.mean.unsqueeze(2)).squeeze(2)).flatten()
-    return _made(weight, integers, scheme, bias)
+    return _made(weight, integers, scheme, bias, shared)
 
 
-def _made(weight: Tensor, integers: Tensor, scheme: Scheme, bias: Tensor | None) -> Fitted:
+def _integers(step: Quantize, task: Task, scheme: Scheme) -> Tensor:
+    if step.rounding == "nearest":
+        return scheme.quantise(surgery.weight_of(task.layer).double())
+    matrix = task.matrix
+    solved = _ROUNDED[step.rounding](matrix, task.regression.xx, scheme, zeros=matrix == 0)
+    return task.weight(solved).double()
+
+
+def _made(
+    weight: Tensor, integers: Tensor, scheme: Scheme, bias: Tensor | None, shared: Rounded | None = None
+) -> Fitted:
     error = (scheme.dequantise(integers) - weight).norm() / weight.norm().clamp_min(1e-30)
-    return Fitted(integers, scheme, bias, float(error))
+    return Fitted(integers, scheme, bias, float(error), shared)
 
 
 def _simulate(module: Any, fitted: Fitted) -> None:
@@ -102,15 +127,31 @@ def _simulate(module: Any, fitted: Fitted) -> None:
 
 def _scheme(step: Quantize, layer: Layer, grid: Grid, weight: Tensor, importance: Tensor | None) -> Scheme:
     """One scale per output, so large that the bias fits in 32 bits too."""
-    observer: Any = "mse" if grid.steps < 2**FEW_BITS else "minmax"
-    found = weight_scheme(weight, grid, step.per_channel, observer, importance=importance)
+    found = weight_scheme(weight, grid, step.per_channel, _observer(grid), importance=importance)
     scale = found.scale.expand(len(weight))
     scale = torch.where(scale > TINY, scale, scale.max().clamp_min(TINY))
-    bias: Any = layer.module.bias
-    if bias is not None:
-        least = min(input_scale(node) for node in layer.nodes)
-        scale = torch.maximum(scale, bias.detach().double().abs() / (least * BIAS_STEPS))
+    return _per_output(torch.maximum(scale, _least_scale(layer)), grid)
+
+
+def _per_output(scale: Tensor, grid: Grid) -> Scheme:
     return Scheme(scale, torch.zeros_like(scale, dtype=torch.int64), grid, 0)
+
+
+def _observer(grid: Grid) -> WeightObserver:
+    return "mse" if grid.steps < 2**FEW_BITS else "minmax"
+
+
+def _least_scale(layer: Layer) -> Tensor:
+    """Of every output, so that its bias fits in 32 bits."""
+    bias = _bias(layer)
+    if bias is None:
+        return torch.zeros(())
+    return bias.double().abs() / (min(input_scale(node) for node in layer.nodes) * BIAS_STEPS)
+
+
+def _bias(layer: Layer) -> Tensor | None:
+    bias: Any = layer.module.bias
+    return None if bias is None else bias.detach()
 
 
 TINY = 2.0**-60

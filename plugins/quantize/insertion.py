@@ -9,7 +9,7 @@ The operators are those of `torch.ops.quantized_decomposed`, which export as Qua
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from surgery import CapturedModel, Layer
 
 from .placement import Placement
 from .scheme import Scheme
+from .shared import Rounded
 
 operators = torch.ops.quantized_decomposed
 BIAS_STEPS = 2**30
@@ -53,14 +54,27 @@ def input_scale(node: fx.Node) -> float:
     return float(_first(node).args[1])
 
 
-def integer_layer(model: CapturedModel, layer: Layer, weight: Tensor, scheme: Scheme, bias: Tensor | None) -> None:
-    """Give `layer` the integers `weight` (of its shape) by `scheme`, and int32 biases (one per call, as the scales of
-    its inputs may differ) for `bias` (outputs,)."""
-    scale = scheme.scale.expand(len(weight)).contiguous()
-    read = _integer_weight(model, layer, weight, scale, scheme)
+class Integers(Protocol):
+    """What a layer computes with: `integers` in the shape of its weight, by `scheme` per output, looked up in those of
+    `shared` where it is given, and a float `bias` (outputs,)."""
+
+    @property
+    def integers(self) -> Tensor: ...
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def shared(self) -> Rounded | None: ...
+
+
+def integer_layer(model: CapturedModel, layer: Layer, given: Integers) -> None:
+    """Give `layer` integer weights, and int32 biases (one per call, as the scales of its inputs may differ)."""
+    scale, bias = given.scheme.scale.expand(len(given.integers)).contiguous(), given.bias
+    read = _integer_weight(model, layer, given, scale)
     if bias is None:
         return
-    place = str(_first(read).target).rpartition(".")[0]
+    place = str(read.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]
     for number, node in enumerate(sorted(read.users)):
         scales = scale * input_scale(node)
         integers = (bias.detach().double() / scales).round().to(torch.int32)
@@ -68,14 +82,16 @@ def integer_layer(model: CapturedModel, layer: Layer, weight: Tensor, scheme: Sc
         _set_bias(model, node, {f"{place}.bias{suffix}": integers, f"{place}.bias{suffix}_scale": scales.float()})
 
 
-def _integer_weight(model: CapturedModel, layer: Layer, weight: Tensor, scale: Tensor, scheme: Scheme) -> fx.Node:
+def _integer_weight(model: CapturedModel, layer: Layer, given: Integers, scale: Tensor) -> fx.Node:
     """The node that gives the weight to all calls of the layer."""
-    low, high = scheme.grid.low, scheme.grid.high
-    tensors = {"weight": weight.to(torch.int8), "weight_scale": scale.float()}
+    low, high, shared = given.scheme.grid.low, given.scheme.grid.high, given.shared
+    tensors = shared.tensors if shared else {"weight": given.integers.to(torch.int8)}
+    tensors["weight_scale"] = scale.float()
     if layer.type == "Linear":  # ONNX Runtime makes no QGemm of a Gemm without
         tensors["weight_zero"] = torch.zeros_like(scale, dtype=torch.int8)
 
-    def function(weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None = None) -> Tensor:
+    def function(weight_scale: Tensor, weight_zero: Tensor | None = None, **rest: Tensor) -> Tensor:
+        weight = shared.looked_up(rest) if shared else rest["weight"]
         result: Tensor = operators.dequantize_per_channel(weight, weight_scale, weight_zero, 0, low, high, torch.int8)
         return result
 

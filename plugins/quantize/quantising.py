@@ -6,12 +6,11 @@ fold BatchNorm → place → observe → insert the pairs → round the weights,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 import surgery
 from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip
@@ -23,6 +22,7 @@ from .insertion import insert_pairs, integer_layer, is_quantised
 from .observers import OBSERVERS
 from .placement import Placement
 from .scheme import Grid, Scheme, affine
+from .shared import Lookup
 from .targets import has_vnni
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ class Quantisation:
         names = self._quantisable(selected)
         if not names:
             return PassReport(skips=tuple(self.skips))
+        lookups = self._open(names)
         notes = self._fold(layers)
-        for layer in surgery.layers(self.model):
-            if layer.name in names and layer.computed:
-                surgery.make_dense(self.model, layer)
         rewrite(self.model, names)
         if self.step.equalise:
             equalise(self.model, pairs(self.model, self._now(names)))
@@ -62,8 +60,9 @@ class Quantisation:
         placement = Placement(self.model, self.target, {node for layer in chosen for node in layer.nodes})
         schemes = self._observe(placement)
         insert_pairs(placement, schemes)
-        edits = tuple(self._write(chosen, reference))
-        return PassReport(edits, tuple(self.skips), (*notes, *self._left(placement)))
+        notes += self._left(placement)
+        edits = tuple(self._write(chosen, reference, lookups))
+        return PassReport(edits, tuple(self.skips), notes)
 
     def _now(self, names: set[str]) -> list[Layer]:
         return [layer for layer in surgery.layers(self.model) if layer.name in names]
@@ -95,19 +94,17 @@ class Quantisation:
             return f"its weight is {weight.dtype}, integers are made of float32"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or infinity"
-        if layer.computed and not self._is_mask(layer):
-            return f"already shared: its weight is computed from {', '.join(layer.computed)}"
         return surgery.tied(self.model, layer, computed=True)
 
-    def _is_mask(self, layer: Layer) -> bool:
-        """Whether the weight is computed from one tensor of its own shape."""
-        return len(layer.computed) == 1 and self._tensor(layer.computed[0]).shape == layer.module.weight.shape
-
-    def _tensor(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        tensor = getattr(self.model.get_submodule(path), leaf)
-        assert isinstance(tensor, Tensor)
-        return tensor
+    def _open(self, names: set[str]) -> dict[str, Lookup]:
+        """Make computed weights ordinary ones; those that were looked up in few values, by layer."""
+        found = {}
+        for layer in surgery.layers(self.model):
+            if layer.name in names and layer.computed:
+                if lookup := Lookup.of(self.model, layer):
+                    found[layer.name] = lookup
+                surgery.make_dense(self.model, layer)
+        return found
 
     def _fold(self, layers: list[Layer]) -> tuple[str, ...]:
         left = {layer.name for layer in layers} - {layer.name for layer in self.step.selected(layers)}
@@ -131,12 +128,13 @@ class Quantisation:
             found[node] = replace(scheme, scale=scheme.scale.float().double())  # as the exported file has it
         return found
 
-    def _write(self, chosen: list[Layer], reference: CapturedModel) -> Iterator[Edit]:
-        fitted = fit(self.step, self.bits, self.model, reference, chosen, self.context)
+    def _write(self, chosen: list[Layer], reference: CapturedModel, lookups: Mapping[str, Lookup]) -> Iterator[Edit]:
+        fitted = fit(self.step, self.bits, self.model, reference, chosen, lookups, self.context)
         for layer in chosen:
             own = fitted[layer.name]
-            integer_layer(self.model, layer, own.integers, own.scheme, own.bias)
-            yield Edit(layer.name, f"{self.bits}-bit weights", {"weight_error": own.error})
+            integer_layer(self.model, layer, own)
+            shared = ", looked up as before" if own.shared else ", no longer shared" if layer.name in lookups else ""
+            yield Edit(layer.name, f"{self.bits}-bit weights{shared}", {"weight_error": own.error})
 
     def _left(self, placement: Placement) -> tuple[str, ...]:
         """Operators that stay float between what the target computes in integers, by kind."""

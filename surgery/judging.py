@@ -1,0 +1,134 @@
+"""Every model of a run against the original and the one before it: files, proof, weight and speed.
+
+model ─export→ model.onnx ─┬ verify (fidelity to the original, parity of the file)
+                           ├ measure
+                           └ time (original, before the step, after it: in turn)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from .captured import CapturedModel
+from .context import Progress
+from .data import Data
+from .errors import RecipeError
+from .export.onnx import OPSET, export_onnx
+from .export.runtime import runtime_session
+from .measurement import Latency, measure, seconds
+from .recipe import Recipe
+from .steps import Standing, StepLatency
+from .verification import Verification, verify
+
+
+class Judge:
+    """Judges the models of one run. `rounds`: of timing, 0 leaves latency unmeasured."""
+
+    def __init__(
+        self,
+        original: CapturedModel,
+        recipe: Recipe,
+        data: Data,
+        scratch: Path,
+        *,
+        rounds: int,
+        metadata: Mapping[str, str],
+        progress: Progress,
+    ) -> None:
+        self.original, self._recipe, self._data, self._scratch = original, recipe, data, scratch
+        self._rounds, self._metadata, self._progress = rounds, metadata, progress
+        self._files: list[tuple[CapturedModel, Path]] = []
+        self._written = 0
+
+    def file(self, model: CapturedModel) -> Path:
+        """The model's ONNX file, written when it is first asked for; `original.onnx` or `model.onnx` by name."""
+        for known, path in self._files:
+            if known is model:
+                return path
+        name = "original.onnx" if model is self.original else "model.onnx"
+        self._progress(name, 0, 1)
+        folder = self._scratch / str(self._written)
+        folder.mkdir()
+        self._written += 1
+        metadata = {} if model is self.original else self._metadata
+        path = export_onnx(model, model.inputs, folder / name, opset=self._recipe.opset or OPSET, metadata=metadata)
+        self._files.append((model, path))
+        return path
+
+    def forget_all_but(self, model: CapturedModel) -> None:
+        """Drop the files of other models, the original's excepted."""
+        for known, path in self._files:
+            if known is not model and known is not self.original:
+                shutil.rmtree(path.parent)
+        self._files = [(m, path) for m, path in self._files if m is model or m is self.original]
+
+    def check_budget(self) -> Standing:
+        """Where the original stands, by the first batch alone where that tells.
+
+        Raises:
+            RecipeError: it breaks the budget itself, or nothing is there to measure the budget by.
+        """
+        budget = self._recipe.budget
+        verification = self._verify(self.original, first_batch_only=budget.accuracy is None)
+        if verification.shortfalls and any(bound is not None for bound in budget.model_dump().values()):
+            raise RecipeError(
+                f"the unmodified model breaks the budget already: {'; '.join(verification.shortfalls)}",
+                at=f"recipe {self._recipe.name}, budget",
+                fix="give evaluation data with labels for accuracy, or another budget",
+            )
+        return self._standing(self.original, verification)
+
+    def operated(self, model: CapturedModel, before: CapturedModel) -> Standing:
+        """Where a model stands after a step that was handed `before`."""
+        return self._standing(model, self._verify(model), self._latency(model, before))
+
+    def unchanged(self, model: CapturedModel, standing: Standing) -> Standing:
+        """Where a model stands after a step that left it as it was, `standing` being where it stood before."""
+        if model is self.original:
+            return self._of_original
+        latency = standing.latency
+        same = latency and replace(latency, step=replace(latency.result, ratio=1.0, quartiles=(1.0, 1.0)))
+        return replace(standing, latency=same)
+
+    @cached_property
+    def _of_original(self) -> Standing:
+        return self.operated(self.original, before=self.original)
+
+    def _standing(
+        self, model: CapturedModel, verification: Verification, latency: StepLatency | None = None
+    ) -> Standing:
+        written = self.file(model).parent.iterdir()
+        size = sum(path.stat().st_size for path in written)
+        return Standing(measure(model, model.inputs), size, verification, latency)
+
+    def _verify(self, model: CapturedModel, *, first_batch_only: bool = False) -> Verification:
+        """On the evaluation data, else the calibration data, else the example inputs."""
+        self._progress("verify", 0, 1)
+        data = self._data
+        batches = next((b for b in (data.evaluation, data.calibration) if b is not None), [self.original.inputs])
+        labelled = data.evaluation is not None
+        if first_batch_only:
+            batches = [next(iter(batches))]
+        return verify(
+            self.original,
+            model,
+            batches,
+            onnx=self.file(model),
+            budget=self._recipe.budget,
+            labelled=labelled,
+            metric=data.metric,
+        )
+
+    def _latency(self, model: CapturedModel, before: CapturedModel) -> StepLatency | None:
+        if not self._rounds:
+            return None
+        self._progress("latency", 0, 1)
+        inputs = model.inputs
+        sessions = {id(m): runtime_session(self.file(m)) for m in (self.original, before, model)}
+        times = seconds({str(key): partial(session, inputs) for key, session in sessions.items()}, rounds=self._rounds)
+        original, previous, own = (times[str(id(m))] for m in (self.original, before, model))
+        return StepLatency(Latency.of(original, original), Latency.of(original, own), Latency.of(previous, own))
