@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression clean
+.PHONY: install demo test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
 
 install: $(STAMP)
 
@@ -71,6 +71,14 @@ pack-bench: install
 
 hashed-bench: install
 	$(BIN)/python tests/benchmarks/hashed.py $(HASHED)
+
+# one recipe killed at random moments and resumed
+kills: install
+	$(BIN)/python tests/benchmarks/kills.py $(KILLS)
+
+# every ordered pair of passes on every network of the contract kit
+composition: install
+	$(BIN)/python tests/benchmarks/composition.py $(COMPOSE)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

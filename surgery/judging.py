@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 from .captured import CapturedModel
@@ -112,7 +113,7 @@ class Judge:
         batches = next((b for b in (data.evaluation, data.calibration) if b is not None), [self.original.inputs])
         labelled = data.evaluation is not None
         if first_batch_only:
-            batches = [next(iter(batches))]
+            batches = list(islice(batches, 1))
         return verify(
             self.original,
             model,

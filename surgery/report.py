@@ -128,6 +128,8 @@ def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[
         yield step["outcome"]
     if step["outcome"] == "kept" and step["verification"]["shortfalls"]:
         yield "BUDGET BROKEN"
+    if step["outcome"] == "kept" and not step["edits"]:
+        yield "nothing changed, see its skips" if step["skips"] else "nothing to do"
     now = step["measurement"]
     smaller = [what for what, key in (("parameters", "parameters"), ("MACs", "macs")) if now[key] < 0.99 * before[key]]
     if smaller and times and times["step"]["quartiles"][0] <= 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from surgery.testing.result import (
     trains,
 )
 from surgery.testing.trial import Trial, first_difference, state_of
-
 
 
 def small_cnn() -> nn.Module:
@@ -86,6 +86,13 @@ class Applied:
     refused: str = ""
     """What the last pass says where it has nothing to do on this model at all."""
 
+    @classmethod
+    def of(cls, network: Network) -> Applied:
+        """Nothing yet."""
+        model = network.model()
+        captured = capture(model, network.inputs())
+        return cls(network, model, captured, captured)
+
     @property
     def all_edit(self) -> bool:
         return not self.refused and all(report.modified for report in self.reports)
@@ -101,16 +108,15 @@ class Applied:
         try:
             after, report = step(self.after, context)
         except ModelError as error:
-            assert error.fix, f"{step!r} refuses {self.network} and does not say what to do"
-            return Applied(self.network, self.model, self.captured, self.after, self.reports, error.problem)
-        return Applied(self.network, self.model, self.captured, after, (*self.reports, report))
+            if not error.fix:
+                raise
+            return replace(self, refused=error.problem)
+        return replace(self, after=after, reports=(*self.reports, report))
 
 
 @cache
 def untouched(network: str) -> Applied:
-    model = NETWORKS[network].model()
-    captured = capture(model, NETWORKS[network].inputs())
-    return Applied(NETWORKS[network], model, captured, captured)
+    return Applied.of(NETWORKS[network])
 
 
 @cache
@@ -123,10 +129,11 @@ def built(name: str, after: str | None = None, **more: Any) -> Pass:
     return build_pass(REGISTRY.passes[name], {**options(name, after), **more})
 
 
+@cache
 def chained(*names: str, network: str) -> Applied:
     """The passes in this order; it stops at one that finds nothing to do."""
     applied = first(names[0], network)
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         if not applied.all_edit:
             break
         applied = applied.then(built(name, before))

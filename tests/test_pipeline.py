@@ -397,7 +397,7 @@ def inside(work):
 def run(out, resume=False):
     torch.manual_seed(0)
     inputs = {{"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}}
-    operate(Net(), inputs, "damp", "jitter", {{"damp": {{"factor": 0.9}}}}, out=out, resume=resume)
+    operate(Net(), inputs, "damp", "jitter", out=out, resume=resume)
 
 def run_and_kill(out, at):
     calls = 0

@@ -115,16 +115,6 @@ def test_masked_weights_keep_their_zeros():
             assert (integers(after)[f"{layer.name}.weight"][zero] == 0).all()
 
 
-def test_clustered_weights_are_left_alone_with_the_reason():
-    captured = surgery.capture(network(), X[:2])
-    context = Context(captured, Data.of([X]), registry=REGISTRY)
-    clustered, _ = REGISTRY.find_pass("kmeans")(metric="weight")(captured, context)
-    after, report = Quantize()(clustered, context)
-    assert not report.modified
-    assert {skip.why.partition(":")[0] for skip in report.skips} == {"already shared"}
-    assert torch.equal(after(X), clustered(X))
-
-
 def test_a_model_quantised_already_is_left_as_it_is():
     once, _ = quantised()
     context = Context(once, Data.of([X]), registry=REGISTRY)

@@ -99,7 +99,7 @@ def _zoo(rows: Sequence[Row]) -> Iterator[str]:
         return
     yield "## Eight families of torchvision at 224×224\n"
     yield "`make bench BENCH=torchvision`: random weights, 8 random images calibrate. Share of the MACs left, how much"
-    yield "faster in ONNX Runtime (one thread, batch of 1), `=` where the file is within its bound of PyTorch, else `≠`.\n"
+    yield "faster in ONNX Runtime (one thread, batch of 1), `=` where the file keeps its bound on parity, `≠` else.\n"
     recipes = sorted({row["recipe"] for row in rows})
     found = {(row["model"], row["recipe"]): row for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))

@@ -1,4 +1,4 @@
-"""Every ordered pair of passes on every network of the contract kit; writes docs/composition.md.
+"""Every ordered pair of passes on every network of the contract kit; fills the tables of docs/composition.md.
 
 make composition                                   all of it, in two processes: about an hour and a half of one core
 make composition COMPOSE="--onnx turns"            ONNX files of one pair for each two plugins and network
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -20,14 +21,27 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from composing import NAMES, NETWORKS, PAIRS, REGISTRY, Applied, chained, first, hold, in_turns, matrix, refusal, refusals
+from composing import (
+    NETWORKS,
+    PAIRS,
+    SIGNS,
+    Applied,
+    chained,
+    first,
+    hold,
+    in_turns,
+    matrix,
+    refusal,
+    refusals,
+    untouched,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "composition.md"
+Pair = tuple[str, str]
 Row = dict[str, Any]
 
 
-def rows_of(network: str, onnx: str, known: set[tuple[str, str]], rows: Path) -> list[Row]:
+def rows_of(network: str, onnx: str, known: set[Pair], rows: Path) -> list[Row]:
     """One row for every pair on `network` that is not known; each is also appended to the file."""
     warnings.filterwarnings("ignore")
     made = []
@@ -39,11 +53,12 @@ def rows_of(network: str, onnx: str, known: set[tuple[str, str]], rows: Path) ->
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         made.append(row)
-    first.cache_clear()
+    for cached in (first, chained, untouched):
+        cached.cache_clear()
     return made
 
 
-def _verdict(pair: tuple[str, str], network: str, onnx: str, shift: int) -> Row:
+def _verdict(pair: Pair, network: str, onnx: str, shift: int) -> Row:
     try:
         applied = chained(*pair, network=network)
         if not (len(applied.reports) == 2 and applied.all_edit):
@@ -55,12 +70,12 @@ def _verdict(pair: tuple[str, str], network: str, onnx: str, shift: int) -> Row:
         return {"verdict": "broken", "reasons": [f"{type(error).__name__}: {error}"]}
 
 
-def _turn(shift: int) -> set[tuple[str, str]]:
+def _turn(shift: int) -> set[Pair]:
     """Another choice for every network."""
     return in_turns([*PAIRS[shift:], *PAIRS[:shift]])
 
 
-def _reasons(pair: tuple[str, str], applied: Applied) -> list[str]:
+def _reasons(pair: Pair, applied: Applied) -> list[str]:
     if len(applied.reports) < 2 and not applied.refused:
         return [f"`{pair[0]}` finds nothing to do first"]
     return sorted(applied.reasons)
@@ -80,32 +95,49 @@ def collected(networks: list[str], onnx: str, jobs: int, rows: Path) -> list[Row
     return list(found.values())
 
 
-def verdicts_of(rows: list[Row]) -> dict[tuple[str, str], str]:
-    """A pair composes where it does so on any network; `SystemExit` where it is broken on one."""
-    seen = defaultdict(set)
-    for row in rows:
-        seen[row["first"], row["second"]].add(row["verdict"])
-    broken = [f"{r['first']} → {r['second']} on {r['network']}: {r['reasons'][0]}" for r in rows if r["verdict"] == "broken"]
+def verdicts_of(rows: list[Row]) -> dict[Pair, str]:
+    """A pair composes where it does so on any network; `SystemExit` names those that are broken on one."""
+    broken = [f"{' → '.join(_pair(r))} on {r['network']}: {r['reasons'][0]}" for r in rows if r["verdict"] == "broken"]
     if broken:
         raise SystemExit("\n".join(broken))
-    made = {pair: "composes" if "composes" in verdicts else "nothing" for pair, verdicts in seen.items()}
-    return {pair: "refused" if refusal(*pair) else made.get(pair, "nothing") for pair in PAIRS}
+    composing = {_pair(row) for row in rows if row["verdict"] == "composes"}
+    return {pair: "refused" if refusal(*pair) else "composes" if pair in composing else "nothing" for pair in PAIRS}
 
 
-def idle(rows: list[Row], verdicts: dict[tuple[str, str], str]) -> str:
-    """Why pairs find nothing to do together, those with the same reasons in one row."""
-    reasons = defaultdict(Counter)
+def _pair(row: Row) -> Pair:
+    return row["first"], row["second"]
+
+
+def idle(rows: list[Row], verdicts: dict[Pair, str]) -> str:
+    """Why pairs find nothing to do together; those with the same reasons share a row."""
+    reasons: dict[Pair, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        reasons[row["first"], row["second"]].update(row.get("reasons", []))
-    alike = defaultdict(list)
+        reasons[_pair(row)].update(row.get("reasons", []))
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for one, other in (pair for pair in PAIRS if verdicts[pair] == "nothing"):
-        most = [why for why, _ in reasons[one, other].most_common(2)]
-        alike[one if most == [f"`{one}` finds nothing to do first"] else f"{one} → {other}", "; ".join(most)].append(other)
-    lines = []
-    for (chain, why), others in alike.items():
-        label = f"`{chain}` → " + ", ".join(f"`{o}`" for o in others) if "→" not in chain else chain
-        lines.append((label, why))
-    return "\n".join(f"| {label} | {why} |" for label, why in lines)
+        why = "; ".join(reason for reason, _ in reasons[one, other].most_common(3))
+        alike[one, why or "nothing is left for it"].append(other)
+    lines = [["first", "then", "why"], ["---"] * 3]
+    lines += [[f"`{one}`", ", ".join(f"`{name}`" for name in others), why] for (one, why), others in alike.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def written(text: str, rows: list[Row]) -> str:
+    """The page `text` with what is generated between its marks put in anew."""
+    verdicts = verdicts_of(rows)
+    both = [row for row in rows if row["verdict"] == "composes"]
+    count, networks = Counter(verdicts.values()), len({row["network"] for row in rows})
+    shares = ", ".join(f"{count[verdict]} {SIGNS[verdict]}" for verdict in SIGNS)
+    blocks = {
+        "matrix": f"{matrix(verdicts)}\n\nOf {len(PAIRS)} pairs {shares}.",
+        "held": f"On {networks} networks both passes of a pair made edits {len(both):,} times; "
+        f"{sum(row['onnx'] for row in both):,} of the results were exported to ONNX as well.",
+        "refusals": refusals(),
+        "idle": idle(rows, verdicts),
+    }
+    for name, block in blocks.items():
+        text = re.sub(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, b=block: m[1] + b + m[2], text, flags=re.S)
+    return text
 
 
 def main() -> None:
@@ -114,11 +146,11 @@ def main() -> None:
     parser.add_argument("--onnx", choices=("all", "turns", "none"), default="all")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rows", type=Path, default=ROOT / "runs" / "composition.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "composition.md")
     options = parser.parse_args()
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = collected(options.networks, options.onnx, options.jobs, options.rows)
-    verdicts = verdicts_of(rows)
-    print(len(NAMES), len(REGISTRY.passes), Counter(verdicts.values()))
+    options.page.write_text(written(options.page.read_text(), rows))
 
 
 if __name__ == "__main__":
