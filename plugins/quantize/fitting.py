@@ -18,9 +18,10 @@ from surgery import Aim, CapturedModel, Context, Layer, Step, Task
 
 from .adaround import adaround
 from .gptq import gptq
-from .insertion import BIAS_STEPS, input_scale
+from .insertion import BIAS_STEPS, input_scale, output_scale
 from .scheme import Grid, Scheme
 from .shared import Lookup, Rounded
+from .ties import untied
 from .weights import WeightObserver, weight_scheme
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def _scheme(step: Quantize, layer: Layer, grid: Grid, weight: Tensor, importance
     found = weight_scheme(weight, grid, step.per_channel, _observer(grid), importance=importance)
     scale = found.scale.expand(len(weight))
     scale = torch.where(scale > TINY, scale, scale.max().clamp_min(TINY))
-    return _per_output(torch.maximum(scale, _least_scale(layer)), grid)
+    scale = torch.maximum(scale, _least_scale(layer))
+    given = output_scale(layer.nodes[0])
+    return _per_output(scale if given is None else untied(scale, input_scale(layer.nodes[0]) / given), grid)
 
 
 def _per_output(scale: Tensor, grid: Grid) -> Scheme:

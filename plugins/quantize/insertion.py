@@ -54,6 +54,12 @@ def input_scale(node: fx.Node) -> float:
     return float(_first(node).args[1])
 
 
+def output_scale(node: fx.Node) -> float | None:
+    """The scale of what a layer's call gives; None where that stays float."""
+    scales = [user.args[1] for user in node.users if user.target is operators.quantize_per_tensor.default]
+    return float(scales[0]) if scales else None  # type: ignore[arg-type]
+
+
 class Integers(Protocol):
     """What a layer computes with: `integers` in the shape of its weight, by `scheme` per output, looked up in those of
     `shared` where it is given, and a float `bias` (outputs,)."""
