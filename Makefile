@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
 
 install: $(STAMP)
 
@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml Makefile
 
 demo: install
 	$(BIN)/surgery demo --out runs/demo
+
+# every shipped recipe on trained networks: docs/benchmarks.md; BENCH=quick, BENCH=torchvision
+bench: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal

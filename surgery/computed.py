@@ -8,7 +8,7 @@ when folded, and ONNX Runtime folds it when it loads the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,20 +67,30 @@ def replace_weight(
 
 
 def weight_function(model: CapturedModel, layer: Layer) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """What the weight of `layer`, which is computed, is computed by and from: as `replace_weight` takes them. The
-    tensors go by the last part of their names, and stay what they are when the model changes."""
-    assert layer.weight_node is not None
-    graph, placed, found = fx.Graph(), {}, {}
+    """What the weight of `layer` is computed by and from, as `replace_weight` takes them. The tensors go by the last
+    part of their names; the function stays what it is when the model changes.
+
+    Raises:
+        PluginError: the weight is not computed in the graph.
+    """
+    if not layer.computed or layer.weight_node is None:
+        raise PluginError("its weight is an ordinary one", at=layer.name, fix="ask for layers with `computed`")
+    graph, placed, found = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Tensor]()
+    readers = {name: graph.placeholder(_leaf(name, layer.computed)) for name in layer.computed}
     for node in weight_expression(layer):
-        if node.op == "get_attr":
-            name = str(node.target).rpartition(".")[2]
-            name = name if name not in found else f"{name}_{len(found)}"
-            found[name] = get_attribute(model, str(node.target))
-            placed[node] = graph.placeholder(name)
-        else:
-            placed[node] = graph.node_copy(node, placed.__getitem__)
+        reads = node.op == "get_attr"
+        placed[node] = readers[str(node.target)] if reads else graph.node_copy(node, placed.__getitem__)
+    for name, reader in readers.items():
+        found[str(reader.target)] = get_attribute(model, name)
     graph.output(placed[layer.weight_node])
-    return fx.GraphModule(nn.Module(), graph), found  # type: ignore[return-value]
+    return fx.GraphModule(nn.Module(), graph), found
+
+
+def _leaf(name: str, among: Sequence[str]) -> str:
+    """The last part of `name`, with a number where one before it has the same."""
+    leaf = name.rpartition(".")[2]
+    same = [other for other in among if other.rpartition(".")[2] == leaf].index(name)
+    return f"{leaf}_{same}" if same else leaf
 
 
 def dense(model: CapturedModel) -> CapturedModel:

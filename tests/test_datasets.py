@@ -3,6 +3,8 @@ from __future__ import annotations
 import builtins
 import io
 import itertools
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,22 @@ def test_images_come_in_the_type_of_the_models_example(tmp_path):
         next(iter(data_from(name, surgery.Inputs(kwargs={"x": EXAMPLE.double()})).calibration)).dtype == torch.float64
     )
     assert next(iter(data_from(name).calibration)).dtype == torch.float32
+
+
+def test_run_and_verify_take_the_same_names(tmp_path, monkeypatch, capsys):
+    from surgery.cli import main
+
+    def call(*arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["surgery", *arguments, "--json"])
+        main()
+        return json.loads(capsys.readouterr().out)
+
+    model = ("--model", "surgery.demo:digits_cnn", "--input", "1x1x8x8")
+    ran = call("run", "fold_only", *model, "--data", "digits?limit=64", "--out", str(tmp_path / "run"))
+    assert ran["verification"]["fidelity"]["samples"] == 64
+    assert ran["verification"]["fidelity"]["accuracy_reference"] is not None
+    files = str(tmp_path / "run" / "original.onnx"), str(tmp_path / "run")
+    assert call("verify", *files, "--data", "digits?limit=32")["fidelity"]["samples"] == 32
 
 
 # --- CIFAR-10 ---

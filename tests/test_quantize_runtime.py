@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from integers import exported, session_outputs, steps_apart
 from surgery_plugins.quantize import Quantize
 from surgery_plugins.quantize.counting import FLOAT_LAYERS, kernels
 from torch import nn
@@ -22,15 +24,6 @@ def quantised(model, inputs, calibration=None, **options):
     captured = surgery.capture(model.eval(), inputs)
     data = Data.of([inputs] if calibration is None else calibration)
     return Quantize(**options)(captured, Context(captured, data, registry=REGISTRY))
-
-
-def exported(model, folder):
-    return surgery.export_onnx(model, model.inputs, folder / "model.onnx")
-
-
-def session_outputs(path, x):
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
 
 EXPECTED = {
@@ -135,25 +128,32 @@ def test_every_value_of_the_runtime_is_within_one_step_of_the_simulation(tmp_pat
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
     after, _ = quantised(mobile(), x)
-    path = exported(after, tmp_path)
-    proto = onnx.load(path)
-    names = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in names)
-    onnx.save(proto, path)
-    theirs = dict(zip(names, session_outputs(path, x)[1:], strict=True))
-    steps = []
+    assert max(steps_apart(after, exported(after, tmp_path), x)) <= 1
 
-    class Compare(torch.fx.Interpreter):
-        def run_node(self, n):
-            value = super().run_node(n)
-            if "quantize_per_tensor" in str(n.target) and value.dtype == torch.uint8:
-                steps.append((value.int() - list(theirs.values())[len(steps)].int()).abs().max().item())
-            return value
 
-    with torch.no_grad():
-        Compare(after).run(x, enable_io_processing=False)
-    assert len(steps) == len(names)
-    assert max(steps) <= 1
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_convolutions_round_as_the_runtime_does_to_the_last_value(bits, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 8, 8)
+    after, _ = quantised(mobile(32), x[:16], weight_bits=bits, vnni=True)
+    assert max(steps_apart(after, exported(after, tmp_path), x)) == 0
+
+
+def test_weights_of_4_bits_are_int4_in_the_file_from_opset_21_on(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    after, _ = quantised(mobile(64), x, weight_bits=4)
+    sizes = {}
+    for opset in (18, 21):
+        path = exported(after, tmp_path, opset=opset)
+        stored = Counter(t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith(".weight"))
+        assert stored == {onnx.TensorProto.INT4 if opset >= 21 else onnx.TensorProto.INT8: 4}
+        found = kernels(path)
+        assert (found.count["QLinearConv"], found.count["QGemm"], found.float_layers) == (3, 1, 0)
+        assert max(steps_apart(after, path, x)) == 0
+        sizes[opset] = path.stat().st_size
+    weights = sum(b.numel() for name, b in after.named_buffers() if name.endswith(".weight"))
+    assert 0.35 * weights < sizes[18] - sizes[21] <= 0.5 * weights
 
 
 def test_fewer_bits_of_activations_are_the_same_in_the_runtime(tmp_path):

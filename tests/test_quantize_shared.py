@@ -45,7 +45,7 @@ class Weights(torch.fx.Interpreter):
     """Notes W₈ of every layer, by name."""
 
     def run_node(self, n):
-        if "dequantize_per_channel" in str(n.target) and "weight" in n.args[1].target:
+        if "dequantize_per_channel" in str(n.target) and n.args[1].op == "get_attr":
             self.found[n.args[1].target.removesuffix(".weight_scale")] = self.env[n.args[0]]
         return super().run_node(n)
 

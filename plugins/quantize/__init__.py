@@ -7,6 +7,9 @@ targets      what a runtime computes in integers
 placement    which values become integers, so that it does
 scheme, observers, weights    their scales and zero points
 gptq, adaround, equalisation    rounding that the outputs feel least
+shared       weights made of few values
+ties         scales at which PyTorch and a runtime round alike
+sensitivity  layers that stay float
 insertion    the nodes in the graph
 quantising   the way through a model
 training     quantisers to train through
@@ -43,8 +46,11 @@ class Quantize(Pass):
     needs_calibration: ClassVar[bool] = True
     gives: ClassVar[frozenset[str]] = frozenset({"int8"})
     refuses: ClassVar[Mapping[str, str]] = {"int8": "the model is quantised already"}
+    strength: ClassVar[Mapping[str, float]] = {"weight_bits": 8, "activation_bits": 8}
 
-    weight_bits: Annotated[Bits, Field(description="bits of a weight; below 8 they are stored in 8 all the same")] = 8
+    weight_bits: Annotated[
+        Bits, Field(description="bits of a weight; up to 4 are stored in 4 from ONNX opset 21 on, all others in 8")
+    ] = 8
     activation_bits: Annotated[Bits, Field(description="bits of an activation; below 8 simulated in float")] = 8
     runtime: Annotated[str, Field(description="where the file will run; plugins may offer more")] = "onnxruntime-cpu"
     vnni: Annotated[
@@ -73,6 +79,14 @@ class Quantize(Pass):
     equalise: Annotated[
         bool, Field(description="scale channels between layers so that their weights have equal ranges first")
     ] = False
+
+    sqnr_db: Annotated[
+        float | None,
+        Field(
+            description="signal to quantisation noise that the outputs keep on the calibration data, in dB: the fewest"
+            " layers that this takes stay float; null = none does"
+        ),
+    ] = None
 
     def check(self, registry: Registry) -> None:
         registry.find_target(self.runtime)

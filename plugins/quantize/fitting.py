@@ -65,22 +65,31 @@ def fit(
     """The integers of every layer by name. `reference`: the same nodes, in float; `lookups`: what weights of few values
     are looked up in."""
     grid = Grid.signed(bits)
-    found = {layer.name: _nearest(step, layer, grid, lookups.get(layer.name)) for layer in chosen}
+    shared = {layer.name: _shared(layer, grid, lookups.get(layer.name)) for layer in chosen}
+    swept = [layer for layer in chosen if len(layer.nodes) == 1 and not layer.functional]
     if step.rounding == "nearest" and not step.bias_correction:
-        return found
-    single = [layer for layer in chosen if len(layer.nodes) == 1 and not layer.functional]
-    steps = [Step(layer, Aim(layer.nodes[0].name)) for layer in single]
+        swept = []
+    names = {layer.name for layer in swept}
+    found = {layer.name: _nearest(step, layer, grid, shared[layer.name]) for layer in chosen if layer.name not in names}
+    steps = [Step(layer, Aim(layer.nodes[0].name)) for layer in swept]
     for task in context.calibration.sweep(model, steps, reference):
-        fitted = _fitted(step, task, grid, found[task.layer.name].shared)
+        fitted = _fitted(step, task, grid, shared[task.layer.name])
         found[task.layer.name] = fitted
         _simulate(task.layer.module, fitted)
     return found
 
 
-def _nearest(step: Quantize, layer: Layer, grid: Grid, lookup: Lookup | None) -> Fitted:
+def _shared(layer: Layer, grid: Grid, lookup: Lookup | None) -> Rounded | None:
+    """The values that the weight is looked up in, as integers; None where one scale does not do them justice."""
+    found = lookup.rounded(surgery.weight_of(layer), grid, _observer(grid)) if lookup else None
+    if found is None or found.error * grid.high > SHARED_ERROR or bool((_least_scale(layer) > found.scale).any()):
+        return None
+    return found
+
+
+def _nearest(step: Quantize, layer: Layer, grid: Grid, shared: Rounded | None) -> Fitted:
     weight, bias = surgery.weight_of(layer), _bias(layer)
-    shared = lookup.rounded(weight, grid, _observer(grid)) if lookup else None
-    if shared and shared.error * grid.high <= SHARED_ERROR and bool((_least_scale(layer) <= shared.scale).all()):
+    if shared:
         return _made(weight, shared.integers, _per_output(shared.scale, grid), bias, shared)
     scheme = _scheme(step, layer, grid, weight, None)
     return _made(weight, scheme.quantise(weight.double()), scheme, bias)
@@ -128,7 +137,7 @@ def _simulate(module: Any, fitted: Fitted) -> None:
 
 def _scheme(step: Quantize, layer: Layer, grid: Grid, weight: Tensor, importance: Tensor | None) -> Scheme:
     """One scale per output, so large that the bias fits in 32 bits too."""
-    found = weight_scheme(weight, grid, step.per_channel, _observer(grid), importance=importance)
+    found = weight_scheme(weight, **weight_options(step, grid), importance=importance)
     scale = found.scale.expand(len(weight))
     scale = torch.where(scale > TINY, scale, scale.max().clamp_min(TINY))
     scale = torch.maximum(scale, _least_scale(layer))
@@ -138,6 +147,11 @@ def _scheme(step: Quantize, layer: Layer, grid: Grid, weight: Tensor, importance
 
 def _per_output(scale: Tensor, grid: Grid) -> Scheme:
     return Scheme(scale, torch.zeros_like(scale, dtype=torch.int64), grid, 0)
+
+
+def weight_options(step: Quantize, grid: Grid) -> dict[str, Any]:
+    """Of `weight_scheme`."""
+    return {"grid": grid, "per_channel": step.per_channel, "observer": _observer(grid)}
 
 
 def _observer(grid: Grid) -> WeightObserver:

@@ -82,10 +82,8 @@ def integer_layer(model: CapturedModel, layer: Layer, given: Integers) -> None:
         return
     place = str(read.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]
     for number, node in enumerate(sorted(read.users)):
-        scales = scale * input_scale(node)
-        integers = (bias.detach().double() / scales).round().to(torch.int32)
-        suffix = f"_{number + 1}" if number else ""
-        _set_bias(model, node, {f"{place}.bias{suffix}": integers, f"{place}.bias{suffix}_scale": scales.float()})
+        integers = (bias.detach().double() / (scale * input_scale(node))).round().to(torch.int32)
+        _set_bias(model, node, f"{place}.bias_{number + 1}" if number else f"{place}.bias", integers, read.args[1])
 
 
 def _integer_weight(model: CapturedModel, layer: Layer, given: Integers, scale: Tensor) -> fx.Node:
@@ -107,19 +105,18 @@ def _integer_weight(model: CapturedModel, layer: Layer, given: Integers, scale: 
     return made
 
 
-def _set_bias(model: CapturedModel, node: fx.Node, tensors: Mapping[str, Tensor]) -> None:
+def _set_bias(model: CapturedModel, node: fx.Node, name: str, integers: Tensor, weight_scale: Any) -> None:
     graph = model.graph
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        home = model.get_submodule(path)
-        home._parameters.pop(leaf, None)
-        home.register_buffer(leaf, tensor)
+    path, _, leaf = name.rpartition(".")
+    home = model.get_submodule(path)
+    home._parameters.pop(leaf, None)
+    home.register_buffer(leaf, integers)
     with graph.inserting_before(node):
-        integers, scales = map(graph.get_attr, tensors)
+        scales = graph.call_function(torch.ops.aten.mul.Tensor, (weight_scale, input_scale(node)))
         limits = torch.iinfo(torch.int32)
         bias = graph.call_function(
             operators.dequantize_per_channel.default,
-            (integers, scales, None, 0, limits.min, limits.max, torch.int32),
+            (graph.get_attr(name), scales, None, 0, limits.min, limits.max, torch.int32),
         )
     if "bias" in node.kwargs:
         node.update_kwarg("bias", bias)

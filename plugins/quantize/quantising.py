@@ -6,24 +6,27 @@ fold BatchNorm → place → observe → insert the pairs → round the weights,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 import surgery
-from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip
+from surgery import CapturedModel, Context, Edit, Layer, PassError, PassReport, Skip
 
 from .equalisation import equalise, pairs
-from .fitting import fit
+from .fitting import Fitted, fit, weight_options
 from .forms import rewrite
 from .insertion import insert_pairs, integer_layer, is_quantised
 from .observers import OBSERVERS
 from .placement import Placement
 from .scheme import Grid, Scheme, affine
+from .sensitivity import Rounding, Sensitivity
 from .shared import Lookup
 from .targets import has_vnni
+from .weights import weight_scheme
 
 if TYPE_CHECKING:
     from torch import fx
@@ -38,6 +41,9 @@ class Quantisation:
         self.step, self.model, self.context = step, model, context
         self.target = context.target(step.runtime)
         self.skips: list[Skip] = []
+        self.alone: Mapping[str, float] = {}
+        """SQNR of the outputs in dB with a layer rounded alone, where it was measured."""
+        self.measured: tuple[str, ...] = ()
         self.bits = step.weight_bits
         if self.bits == 8 and self.target.saturates_without_vnni and not self._vnni():
             self.bits = 7
@@ -54,18 +60,56 @@ class Quantisation:
         notes = self._fold(layers)
         rewrite(self.model, names)
         if self.step.equalise:
-            equalise(self.model, pairs(self.model, self._now(names)))
+            equalise(self.model, pairs(self.model, _named(self.model, names)))
         reference = surgery.snapshot(self.model)
-        chosen = self._now(names)
-        placement = Placement(self.model, self.target, {node for layer in chosen for node in layer.nodes})
-        schemes = self._observe(placement)
-        insert_pairs(placement, schemes)
-        notes += self._left(placement)
-        edits = tuple(self._write(chosen, reference, lookups))
-        return PassReport(edits, tuple(self.skips), notes)
+        if self.step.sqnr_db is not None:
+            names -= self._kept_float(names, reference, lookups, self.step.sqnr_db)
+        edits, left = self._quantise(self.model, names, reference, lookups)
+        return PassReport(edits, tuple(self.skips), (*notes, *left, *self.measured))
 
-    def _now(self, names: set[str]) -> list[Layer]:
-        return [layer for layer in surgery.layers(self.model) if layer.name in names]
+    def _quantise(
+        self, model: CapturedModel, names: Collection[str], reference: CapturedModel, lookups: Mapping[str, Lookup]
+    ) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
+        """Integers in `model`; what was edited, and notes on what was not."""
+        chosen = _named(model, names)
+        placement = Placement(model, self.target, {node for layer in chosen for node in layer.nodes})
+        insert_pairs(placement, self._observe(placement))
+        left = self._left(placement)
+        fitted = fit(self.step, self.bits, model, reference, chosen, lookups, self.context)
+        return tuple(self._write(model, chosen, fitted, lookups)), left
+
+    def _kept_float(
+        self, names: Collection[str], reference: CapturedModel, lookups: Mapping[str, Lookup], bound: float
+    ) -> set[str]:
+        """The fewest layers without which the outputs keep `bound` dB."""
+        layers = _named(reference, names)
+        placement = Placement(reference, self.target, {node for layer in layers for node in layer.nodes})
+        scheme = partial(weight_scheme, **weight_options(self.step, Grid.signed(self.bits)))
+        run = Rounding(placement, layers, self._observe(placement), scheme)
+        sensitivity = Sensitivity(self.context, reference)
+        self.alone = sensitivity.alone(run, [layer.name for layer in layers])
+        order = list(self.alone)
+        count = sensitivity.fewest(run, order, bound)
+        while count < len(order):  # what was judged with weights to the nearest may lack a little when all is done
+            trial = surgery.snapshot(reference)
+            self._quantise(trial, order[count:], reference, lookups)
+            if (reached := sensitivity.of(trial)) >= bound:
+                break
+            count += 1
+        else:
+            raise self._out_of_reach(bound)
+        self.measured = (f"outputs at {reached:.1f} dB on calibration data, {count} layers in float for it",)
+        why = f"float, for the outputs to keep {bound:g} dB: rounded alone, it leaves them at"
+        self.skips += [Skip(name, f"{why} {self.alone[name]:.1f} dB") for name in order[:count]]
+        return set(order[:count])
+
+    def _out_of_reach(self, bound: float) -> PassError:
+        name, best = list(self.alone.items())[-1]
+        return PassError(
+            f"no layer can be rounded with the outputs at {bound:g} dB: even {name} alone leaves them at {best:.1f} dB",
+            at=f"pass {self.step.name()}",
+            fix="ask for a smaller sqnr_db, or for more bits",
+        )
 
     def _vnni(self) -> bool:
         return has_vnni() if self.step.vnni == "auto" else self.step.vnni
@@ -121,30 +165,36 @@ class Quantisation:
             want.append("histograms")
         grid = Grid.unsigned(self.step.activation_bits)
         found = {}
-        for node, seen in self.context.calibration.stream(self.model, roots, want):
+        for node, seen in self.context.calibration.stream(placement.model, roots, want):
             assert seen.output_range is not None
             low, high = OBSERVERS[self.step.observer](seen.output_range, seen.output_histogram, grid)
             scheme = affine(low, high, grid)
             found[node] = replace(scheme, scale=scheme.scale.float().double())  # as the exported file has it
         return found
 
-    def _write(self, chosen: list[Layer], reference: CapturedModel, lookups: Mapping[str, Lookup]) -> Iterator[Edit]:
-        fitted = fit(self.step, self.bits, self.model, reference, chosen, lookups, self.context)
+    def _write(
+        self, model: CapturedModel, chosen: list[Layer], fitted: Mapping[str, Fitted], lookups: Mapping[str, Lookup]
+    ) -> Iterator[Edit]:
         for layer in chosen:
             own = fitted[layer.name]
-            integer_layer(self.model, layer, own)
+            integer_layer(model, layer, own)
             shared = ", looked up as before" if own.shared else ", no longer shared" if layer.name in lookups else ""
-            yield Edit(layer.name, f"{self.bits}-bit weights{shared}", {"weight_error": own.error})
+            alone = {"sqnr_alone_db": self.alone[layer.name]} if layer.name in self.alone else {}
+            yield Edit(layer.name, f"{self.bits}-bit weights{shared}", {"weight_error": own.error, **alone})
 
     def _left(self, placement: Placement) -> tuple[str, ...]:
         """Operators that stay float between what the target computes in integers, by kind."""
         count: Counter[str] = Counter()
-        for node in self.model.graph.nodes:
+        for node in placement.model.graph.nodes:
             name = placement.kind(node)
             if name in self.target.products | self.target.joins and not placement.is_integer(node) and _computes(node):
                 count[name.removeprefix("aten.").partition(".")[0]] += 1
         listed = ", ".join(f"{n} × {name}" for name, n in sorted(count.items()))
         return (f"float, as they do not stand between integers: {listed}",) if listed else ()
+
+
+def _named(model: CapturedModel, names: Collection[str]) -> list[Layer]:
+    return [layer for layer in surgery.layers(model) if layer.name in names]
 
 
 def _computes(node: fx.Node) -> bool:

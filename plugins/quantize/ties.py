@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TRIED = 256
+TRIED = 128
 GROWTH = 0.005
 STEPS = 256
 """Of what is rounded to."""

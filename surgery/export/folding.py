@@ -2,6 +2,7 @@
 
     Mul(weight, Cast(Not(Equal(weight, 0))))      no larger than what it is made from: computed now
     Gather(codebook, Cast(indices))               four times as large: stays, and the runtime computes it once
+    DequantizeLinear(bias, Mul(scale, s))         stays: runtimes make integer kernels of it
 
 What is decided is the whole way from stored tensors to a result that something else reads, not each step of it.
 """
@@ -21,7 +22,7 @@ _NOT_CONSTANT = frozenset({"RandomNormal", "RandomUniform", "Bernoulli", "Multin
 
 def may_fold(node: ir.Node) -> bool:
     """Whether every result that `node` helps to compute from constants takes no more room than what it is made from."""
-    return all(_fits(result) for result in _results(node))
+    return node.op_type != "DequantizeLinear" and all(_fits(result) for result in _results(node))
 
 
 def _results(node: ir.Node) -> Iterator[ir.Node]:
@@ -30,7 +31,7 @@ def _results(node: ir.Node) -> Iterator[ir.Node]:
     while todo:
         current = todo.pop()
         readers = [use.node for value in current.outputs for use in value.uses()]
-        constant = [reader for reader in readers if _is_constant(reader)]
+        constant = [reader for reader in readers if reader.op_type != "DequantizeLinear" and _is_constant(reader)]
         if len(constant) < len(readers) or any(value.is_graph_output() for value in current.outputs):
             yield current
         todo += [reader for reader in constant if reader not in seen]
@@ -50,8 +51,15 @@ def _fits(node: ir.Node) -> bool:
                 todo.append(producer)
     own = [value for value in tensors if all(use.node in inside for use in value.uses())]
     before = sum(value.const_value.nbytes for value in own if value.const_value is not None)
-    vector = all(value.shape is not None and value.shape.rank() <= 1 for value in node.outputs)
-    return sum(map(_bytes, node.outputs)) <= before + (VECTOR_MAY_ADD_BYTES if vector else MAY_ADD_BYTES)
+    return sum(map(_bytes, node.outputs)) <= before + min(map(_may_add, node.outputs))
+
+
+def _may_add(value: ir.Value) -> int:
+    """Bytes, none to the scales of integers: what computes these is as long as they are few."""
+    if value.uses() and all(use.node.op_type == "DequantizeLinear" for use in value.uses()):
+        return 0
+    vector = value.shape is not None and value.shape.rank() <= 1
+    return VECTOR_MAY_ADD_BYTES if vector else MAY_ADD_BYTES
 
 
 def _is_constant(node: ir.Node) -> bool:
@@ -72,6 +80,16 @@ def _is_constant(node: ir.Node) -> bool:
 
 
 def _bytes(value: ir.Value) -> float:
+    value = _shaped(value)
     if value.shape is None or value.dtype is None or not value.shape.is_static():
         return 0
     return prod(value.shape.numpy()) * value.dtype.itemsize
+
+
+def _shaped(value: ir.Value) -> ir.Value:
+    """`value`, or what it is cast from where its own shape is not known."""
+    producer = value.producer()
+    while value.shape is None and producer is not None and producer.op_type in ("Cast", "Identity"):
+        value = producer.inputs[0] or value
+        producer = value.producer()
+    return value

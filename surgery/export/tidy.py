@@ -10,16 +10,18 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from .folding import may_fold
+from .narrow import narrow
 from .tensor_names import fresh
 
 
 def tidy(model: ir.Model, names: list[str]) -> None:
-    """Folds constants, merges equal weights, gives inputs and outputs their `names`, drops stack traces."""
+    """Folds constants, merges equal weights, packs integers, gives inputs and outputs `names`, drops stack traces."""
     optimizer.optimize_ir(model, should_fold=may_fold)
     _make_contiguous(model.graph)
     common.DeduplicateHashedInitializersPass()(model)
     for name, weight in list(model.graph.initializers.items()):
         weight.name = name.removeprefix("model.")
+    narrow(model)
     _rename([*model.graph.inputs, *model.graph.outputs], names, model.graph)
     _name_batch(model.graph)
     common.ClearMetadataAndDocStringPass()(model)

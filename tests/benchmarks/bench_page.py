@@ -25,6 +25,7 @@ def write_page(path: Path, rows: Sequence[Row], plans: Mapping[str, Any]) -> Non
     present = [row for row in rows if row["recipe"] == "original" or _is_present(row, plans)]
     trained = [row for row in present if row["kind"] == "cifar10"]
     groups = dict.fromkeys((row["weights"], row["depth"], row["calibration"]) for row in trained)
+    path.parent.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     for group in sorted(groups, key=lambda g: (g[0] != "original", g[1], -g[2])):
         own = [r for r in trained if (r["weights"], r["depth"], r["calibration"]) == group]

@@ -1,7 +1,7 @@
 """Every ordered pair of passes on every network of the contract kit; fills the tables of docs/composition.md.
 
 make composition                                   all of it, in two processes: about an hour and a half of one core
-make composition COMPOSE="--onnx turns"            ONNX files of one pair for each two plugins and network
+make composition COMPOSE="--onnx turns"            every pair exported on one network only, instead of on all
 make composition COMPOSE="--networks lstm gru"     these networks alone
 
 Rows go to a file as they are found, and what stands there is not run again: an interrupted run goes on where it was.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -29,7 +28,6 @@ from composing import (
     chained,
     first,
     hold,
-    in_turns,
     matrix,
     refusal,
     refusals,
@@ -39,60 +37,80 @@ from composing import (
 ROOT = Path(__file__).resolve().parents[2]
 Pair = tuple[str, str]
 Row = dict[str, Any]
+IDLE = "the first finds nothing to do"
 
 
-def rows_of(network: str, onnx: str, known: set[Pair], rows: Path) -> list[Row]:
-    """One row for every pair on `network` that is not known; each is also appended to the file."""
+def rows_of(network: str, pairs: list[Pair], onnx: bool, file: Path) -> None:
+    """Appends one row for each of `pairs` on `network`."""
     warnings.filterwarnings("ignore")
-    made = []
-    shift = list(NETWORKS).index(network)
-    for pair in PAIRS:
-        if pair in known or refusal(*pair):
-            continue
-        row = {"network": network, "first": pair[0], "second": pair[1], **_verdict(pair, network, onnx, shift)}
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        made.append(row)
+    for pair in pairs:
+        row = {"network": network, "first": pair[0], "second": pair[1], **_verdict(pair, network, onnx)}
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
     for cached in (first, chained, untouched):
         cached.cache_clear()
-    return made
 
 
-def _verdict(pair: Pair, network: str, onnx: str, shift: int) -> Row:
+def _verdict(pair: Pair, network: str, onnx: bool) -> Row:
     try:
         applied = chained(*pair, network=network)
         if not (len(applied.reports) == 2 and applied.all_edit):
             return {"verdict": "nothing", "reasons": _reasons(pair, applied)}
-        exports = onnx == "all" or (onnx == "turns" and pair in _turn(shift))
-        hold(*pair, applied=applied, onnx=exports)
-        return {"verdict": "composes", "onnx": exports}
+        hold(*pair, applied=applied, onnx=onnx)
+        return {"verdict": "composes", "onnx": onnx}
     except Exception as error:
         return {"verdict": "broken", "reasons": [f"{type(error).__name__}: {error}"]}
 
 
-def _turn(shift: int) -> set[Pair]:
-    """Another choice for every network."""
-    return in_turns([*PAIRS[shift:], *PAIRS[:shift]])
-
-
 def _reasons(pair: Pair, applied: Applied) -> list[str]:
-    if len(applied.reports) < 2 and not applied.refused:
-        return [f"`{pair[0]}` finds nothing to do first"]
+    if not (applied.reports and applied.reports[0].modified):
+        return [IDLE]
     return sorted(applied.reasons)
 
 
-def collected(networks: list[str], onnx: str, jobs: int, rows: Path) -> list[Row]:
-    """The rows of the file, and those that it lacks."""
-    lines = rows.read_text().splitlines() if rows.exists() else []
-    found = {(r["network"], r["first"], r["second"]): r for r in map(json.loads, lines) if r["verdict"] != "broken"}
-    known = {name: {key[1:] for key in found if key[0] == name} for name in networks}
+def read(file: Path) -> dict[tuple[str, Pair], Row]:
+    """The last row of each pair on each network."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = {(row["network"], _pair(row)): row for row in map(json.loads, lines)}
+    return {key: row for key, row in rows.items() if not refusal(*key[1])}
+
+
+def missing(found: dict[tuple[str, Pair], Row], networks: list[str], onnx: str) -> dict[str, list[Pair]]:
+    """Pairs to run, by network: those without a row, those that were broken, and with `all` those not exported."""
+
+    def lacks(network: str, pair: Pair) -> bool:
+        row = found.get((network, pair), {"verdict": "broken"})
+        return row["verdict"] == "broken" or (onnx == "all" and not row.get("onnx", True))
+
+    return {name: [pair for pair in PAIRS if not refusal(*pair) and lacks(name, pair)] for name in networks}
+
+
+def in_turn(found: dict[tuple[str, Pair], Row], networks: list[str]) -> dict[str, list[Pair]]:
+    """Pairs of which no result was exported yet, each on one of the networks on which it composes."""
+    chosen: dict[str, list[Pair]] = {name: [] for name in networks}
+    for number, pair in enumerate(PAIRS):
+        rows = [row for (name, other), row in found.items() if other == pair and name in chosen]
+        composing = [row for row in rows if row["verdict"] == "composes"]
+        if composing and not any(row["onnx"] for row in composing):
+            chosen[composing[number % len(composing)]["network"]].append(pair)
+    return chosen
+
+
+def run(pairs: dict[str, list[Pair]], onnx: bool, jobs: int, file: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context) as pool:
-        pending = {pool.submit(rows_of, name, onnx, known[name], rows): name for name in networks}
+        pending = {pool.submit(rows_of, name, own, onnx, file): name for name, own in pairs.items() if own}
         for number, future in enumerate(as_completed(pending), 1):
-            found |= {(r["network"], r["first"], r["second"]): r for r in future.result()}
+            future.result()
             print(f"{number}/{len(pending)} {pending[future]}", flush=True)
-    return list(found.values())
+
+
+def collected(networks: list[str], onnx: str, jobs: int, file: Path) -> list[Row]:
+    """The rows of the file, and those that it lacked."""
+    run(missing(read(file), networks, onnx), onnx == "all", jobs, file)
+    if onnx == "turns":
+        run(in_turn(read(file), networks), True, jobs, file)
+    return list(read(file).values())
 
 
 def verdicts_of(rows: list[Row]) -> dict[Pair, str]:
@@ -110,16 +128,21 @@ def _pair(row: Row) -> Pair:
 
 def idle(rows: list[Row], verdicts: dict[Pair, str]) -> str:
     """Why pairs find nothing to do together; those with the same reasons share a row."""
-    reasons: dict[Pair, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        reasons[_pair(row)].update(row.get("reasons", []))
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for one, other in (pair for pair in PAIRS if verdicts[pair] == "nothing"):
-        why = "; ".join(reason for reason, _ in reasons[one, other].most_common(3))
-        alike[one, why or "nothing is left for it"].append(other)
-    lines = [["first", "then", "why"], ["---"] * 3]
-    lines += [[f"`{one}`", ", ".join(f"`{name}`" for name in others), why] for (one, why), others in alike.items()]
+        alike[one, _why([row["reasons"] for row in rows if _pair(row) == (one, other)])].append(f"`{other}`")
+    merged: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (one, why), others in alike.items():
+        merged[", ".join(others), why].append(f"`{one}`")
+    lines = [["first", "then", "why"], ["---"] * 3, *([", ".join(ones), *key] for key, ones in merged.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _why(reasons: list[list[str]]) -> str:
+    """The most frequent reasons on the networks on which the first pass has made edits."""
+    worked = [own for own in reasons if own != [IDLE]]
+    most = Counter(why for own in worked for why in own).most_common(2)
+    return "; ".join(why for why, _ in most) or ("the second finds nothing to do" if worked else IDLE)
 
 
 def written(text: str, rows: list[Row]) -> str:
@@ -136,7 +159,8 @@ def written(text: str, rows: list[Row]) -> str:
         "idle": idle(rows, verdicts),
     }
     for name, block in blocks.items():
-        text = re.sub(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, b=block: m[1] + b + m[2], text, flags=re.S)
+        before, mark, after = text.partition(f"<!-- {name} -->\n")
+        text = before + mark + block + "\n" + after[after.index("<!-- end -->") :]
     return text
 
 
