@@ -9,11 +9,11 @@ loads the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import surgery
 from surgery import CapturedModel, Layer
@@ -30,10 +30,10 @@ TINY = 2.0**-60
 
 @dataclass(frozen=True)
 class Lookup:
-    """f, its tensors by name, and which values it picks."""
+    """How a weight is looked up, and which values that picks."""
 
-    graph: fx.Graph
-    """A placeholder for each of the tensors, by name."""
+    function: Callable[..., Tensor]
+    """f, of the tensors by name."""
     tensors: Mapping[str, Tensor]
     values: str
     places: Tensor
@@ -44,27 +44,19 @@ class Lookup:
         """How the weight of `layer` is made of few values; None where it is not, or is no smaller for it."""
         if not layer.computed or layer.weight_node is None:
             return None
-        graph, names = _copied(layer.weight_node)
-        tensors = {name: _tensor(model, path) for name, path in names.items()}
+        function, tensors = surgery.weight_function(model, layer)
         floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
         weight = surgery.weight_of(layer)
         others = sum(t.nbytes for t in tensors.values() if not t.is_floating_point())
         if len(floats) != 1 or tensors[floats[0]].numel() + others >= weight.numel():
             return None
-        made = cls(graph, tensors, floats[0], torch.empty(0))
+        made = cls(function, tensors, floats[0], torch.empty(0))
         places = made._places(weight)
         return None if places is None else replace(made, places=places)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """f of `tensors`, by name."""
-        known: dict[fx.Node, Tensor] = {}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                known[node] = tensors[str(node.target)]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-                known[node] = node.target(*args, **kwargs)
-        return known[node]
+        """f of `tensors`, by name; others among them are left out."""
+        return self.function(**{name: tensors[name] for name in self.tensors})
 
     def _places(self, weight: Tensor) -> Tensor | None:
         """None where f does anything else than picking, moving and negating."""
@@ -153,28 +145,3 @@ def picked(values: Tensor, places: Tensor) -> Tensor:
     """The weight that has `values` at `places`."""
     flat = torch.cat([values.new_zeros(1), values.flatten()])
     return flat[places.abs()] * places.sign().to(values.dtype)
-
-
-def _copied(weight: fx.Node) -> tuple[fx.Graph, dict[str, str]]:
-    """What computes `weight` as a graph of its own, and where the tensors are that it reads, by the last part of it."""
-    found, todo = {weight}, [weight]
-    while todo:
-        new = set(todo.pop().all_input_nodes) - found
-        found |= new
-        todo += new
-    graph, placed, names = fx.Graph(), {}, {}
-    for node in sorted(found):
-        if node.op == "get_attr":
-            name = str(node.target).rpartition(".")[2]
-            names[name] = str(node.target)
-            placed[node] = graph.placeholder(name)
-        else:
-            placed[node] = graph.node_copy(node, placed.__getitem__)
-    return graph, names
-
-
-def _tensor(model: CapturedModel, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
