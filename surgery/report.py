@@ -104,7 +104,7 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 f"{number}. {step['name']}",
-                *(f"{count:,}" for count in counts),
+                *(f"{count:,}" if count else "–" for count in counts),
                 speed,
                 _fidelity_in_short(step["verification"]["fidelity"]),
                 "; ".join(_remarks(step, before, times)),
@@ -131,7 +131,8 @@ def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[
     if step["outcome"] == "kept" and not step["edits"]:
         yield "nothing changed, see its skips" if step["skips"] else "nothing to do"
     now = step["measurement"]
-    smaller = [what for what, key in (("parameters", "parameters"), ("MACs", "macs")) if now[key] < 0.99 * before[key]]
+    counts = (("parameters", "parameters"), ("MACs", "macs"))
+    smaller = [what for what, key in counts if 0 < now[key] < 0.99 * before[key]]
     if smaller and times and times["step"]["quartiles"][0] <= 1:
         yield f"fewer {' and '.join(smaller)}, NOT faster"
 
@@ -142,7 +143,8 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
     if fidelity.get("accuracy_reference") is not None:
         a, b = fidelity["accuracy_reference"], fidelity["accuracy_candidate"]
         rows.append(("accuracy", f"{a:.2%}", f"{b:.2%}", f"{(b - a) * 100:+.2f} points"))
-    rows.append(_row("parameters", before["parameters"], after["parameters"]))
+    if after["parameters"]:  # integers are none
+        rows.append(_row("parameters", before["parameters"], after["parameters"]))
     rows.append(_row("bytes of weights", before["stored_bytes"], after["stored_bytes"]))
     rows.append(_row("MACs", before["macs"], after["macs"]))
     if "model.onnx" in summary["bytes"]:
