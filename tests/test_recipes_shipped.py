@@ -21,7 +21,16 @@ def untimed(step):
 
 
 def test_the_recipes_that_are_promised_are_there():
-    promised = {"fold_only", "edge_int8", "small_and_int8", "low_rank", "deep_compression", "hashed", "compact"}
+    promised = {
+        "fold_only",
+        "edge_int8",
+        "small_and_int8",
+        "low_rank",
+        "deep_compression",
+        "hashed",
+        "compact",
+        "everything",
+    }
     assert promised <= set(RECIPES)
 
 
