@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InputError
 from .inputs import Inputs
+from .names import tensors
 from .tracing import evaluating
 
 
@@ -146,7 +147,10 @@ def _count_any(model: nn.Module, example: Inputs) -> tuple[int, dict[str, int], 
 
 def _count_fake(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]:
     with FakeTensorMode() as fake:
-        return _count(copy.deepcopy(model), inputs.map(fake.from_tensor))
+        example = getattr(model, "inputs", None)  # which a captured model holds
+        held = [*tensors(model).values(), *(example.tensors if isinstance(example, Inputs) else ())]
+        memo = {id(tensor): fake.from_tensor(tensor) for tensor in held}
+        return _count(copy.deepcopy(model, memo), inputs.map(fake.from_tensor))
 
 
 def _count_real(model: nn.Module, inputs: Inputs) -> tuple[int, dict[str, int]]:
