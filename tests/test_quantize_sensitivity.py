@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_plugins.quantize import Quantize
-from surgery_plugins.quantize.scheme import Grid
-from surgery_plugins.quantize.ties import distance, untied
+from surgery_plugins.quantize.scheme import Grid, Scheme
+from surgery_plugins.quantize.ties import distance, near_ties, untied, untied_sum
 from surgery_plugins.quantize.weights import weight_scheme
 from torch import nn
 
@@ -102,3 +102,20 @@ def test_a_scale_that_avoids_ties_is_hardly_larger_and_further_from_them(bits, r
     assert torch.equal(found, found.float().double())
     assert ((found / scale - 1 > -1e-6) & (found / scale < 1.005)).all()
     assert (distance(found, ratio) >= distance(scale.float().double(), ratio)).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shares=st.tuples(st.integers(1, 128), st.integers(1, 128)),
+    zeros=st.tuples(st.integers(0, 255), st.integers(0, 255)),
+)
+def test_a_sum_keeps_off_ties_though_its_terms_have_scales_in_simple_ratios(shares, zeros):
+    grid, share = Grid.unsigned(8), 1 / 128
+    terms = [Scheme(torch.tensor(s * share), torch.tensor(z), grid) for s, z in zip(shares, zeros, strict=True)]
+    given = Scheme(torch.tensor(max(shares) * share, dtype=torch.float64), torch.tensor(100), grid)
+    found = untied_sum(given, terms)
+    first, second = ((torch.arange(256.0).double() - t.zero_point) * t.scale for t in terms)
+    sums = first.unsqueeze(1) + second
+    assert given.scale <= found.scale < 1.005 * given.scale
+    assert torch.equal(found.zero_point, given.zero_point)
+    assert near_ties(sums / found.scale) <= min(near_ties(sums / given.scale), 0.001 * sums.numel())

@@ -26,6 +26,7 @@ from .scheme import Grid, Scheme, affine
 from .sensitivity import Rounding, Sensitivity
 from .shared import Lookup
 from .targets import has_vnni
+from .ties import untied_sum
 from .weights import weight_scheme
 
 if TYPE_CHECKING:
@@ -170,6 +171,10 @@ class Quantisation:
             low, high = OBSERVERS[self.step.observer](seen.output_range, seen.output_histogram, grid)
             scheme = affine(low, high, grid)
             found[node] = replace(scheme, scale=scheme.scale.float().double())  # as the exported file has it
+        for node in roots:  # in the order of the graph: what is added comes before the sum
+            added = placement.producer(node)
+            if added in placement.joins and placement.kind(added) == "aten.add.Tensor":
+                found[node] = untied_sum(found[node], [found[placement.values[term]] for term in added.all_input_nodes])
         return found
 
     def _write(

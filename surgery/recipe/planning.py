@@ -39,8 +39,9 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the resolved recipe, in hexadecimal."""
-        return hashlib.sha256(json.dumps(self.lock, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the resolved recipe, in hexadecimal; of what it does, not of how it is described."""
+        decisive = {key: value for key, value in self.lock.items() if key != "description"}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(
