@@ -117,6 +117,17 @@ def test_every_form_of_model_agrees_with_onnx_runtime_at_any_batch_size(name: st
             torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE * float(want.detach().abs().max()))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_types_and_shapes_on_the_way_are_left_to_be_inferred(name: str, tmp_path: Path) -> None:
+    model, example, *_, outputs = CASES[name]
+    file = onnx.load(export_onnx(model.eval(), example, tmp_path / "model.onnx"))
+    inferred = onnx.shape_inference.infer_shapes(file, strict_mode=True).graph.value_info
+    computed = {name for node in file.graph.node for name in node.output if name}
+    assert {value.name for value in file.graph.value_info} <= set(outputs)
+    assert {value.name for value in inferred} >= computed - set(outputs)
+    assert all(value.type.tensor_type.HasField("shape") for value in inferred)
+
+
 def test_a_captured_model_exports_as_the_model_itself(tmp_path: Path) -> None:
     model, example, *_ = CASES["convolutional"]
     captured = capture(model.eval(), example)

@@ -31,7 +31,7 @@ from ..errors import ExportError, ModelError
 from ..inputs import Inputs
 from ..tracing import evaluating, first_line, quiet, user_line
 from .tensor_names import named_inputs, named_outputs, unique
-from .tidy import tidy
+from .tidy import forget_inner_shapes, tidy
 
 OPSET = 18
 MAX_PROTO_BYTES = 2**31 - 2**20
@@ -70,6 +70,7 @@ def export_onnx(
         ExportError: an operator has no ONNX form, the batch cannot stay open as asked, or the file cannot be written.
     """
     trace = trace_onnx(model, example_inputs, opset=opset, dynamic_batch=dynamic_batch)
+    forget_inner_shapes(trace.onnx.graph)
     versions = {"surgery": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     trace.onnx.metadata_props.update(sorted({**versions, **(metadata or {})}.items()))
     target = Path(path)

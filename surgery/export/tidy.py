@@ -31,6 +31,13 @@ def tidy(model: ir.Model, names: list[str]) -> None:
     model.graph.metadata_props.clear()
 
 
+def forget_inner_shapes(graph: ir.Graph) -> None:
+    """Shapes and types between inputs and outputs: every runtime infers them, and in a small model they are much."""
+    for value in _values(graph):
+        if not (value.is_graph_input() or value.is_graph_output()):
+            value.shape = value.type = None
+
+
 def _make_contiguous(graph: ir.Graph) -> None:
     """Folded transposes are views, for which there is no hash."""
     for name, value in graph.initializers.items():
