@@ -19,6 +19,8 @@ from .errors import PassError, PluginError, RecipeError, SurgeryError
 from .named import Named
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .captured import CapturedModel
     from .context import Context
     from .graph import Layer
@@ -141,6 +143,23 @@ class Pass(Named, ABC):
             if (not self.select or any(matches(layer, p) for p in self.select))
             and not any(matches(layer, p) for p in self.exclude)
         ]
+
+    def finite_weight(self, layer: Layer) -> Tensor:
+        """`weight_of(layer)`.
+
+        Raises:
+            PassError: it holds NaN or infinity.
+        """
+        from .computed import weight_of
+
+        weight = weight_of(layer)
+        if not bool(weight.isfinite().all()):
+            raise PassError(
+                f"{layer.name}: its weight holds NaN or infinity",
+                at=f"pass {self.name()}",
+                fix="train or load the model anew, or leave the layer out with `exclude:`",
+            )
+        return weight
 
     def check_patterns(self, layers: Iterable[Layer], *options: str) -> None:
         """Raises RecipeError, with the nearest names, where a pattern in one of `options` matches none of `layers`."""

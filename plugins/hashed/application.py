@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import surgery
-from surgery import CapturedModel, Context, Edit, Layer, PassError, PassReport, Skip, Statistics
+from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip, Statistics
 
 from .fitting import Layout, Problem, fit_outputs
 from .hashing import PRIME, constants, lines, looked_up, places
@@ -142,14 +142,7 @@ class Application:
         return None
 
     def _degenerate(self, layer: Layer) -> str | None:
-        weight: Any = layer.module.weight
-        if not bool(weight.isfinite().all()):
-            raise PassError(
-                f"{layer.name}: its weight holds NaN or infinity",
-                at=self.place,
-                fix="train or load the model anew, or leave the layer out with `exclude:`",
-            )
-        return None if bool(weight.any()) else "its weight is zero"
+        return None if bool(self.options.finite_weight(layer).any()) else "its weight is zero"
 
     def _fits_memory(self, layer: Layer) -> bool:
         return surgery.gram_bytes(layer) <= self.context.calibration.gram_bytes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery import Affine, CapturedModel, Context, Edit, Layer, PassError, PassReport, Skip, Task
+from surgery import Affine, CapturedModel, Context, Edit, Layer, PassReport, Skip, Task
 
 from . import Kmeans
 from .fitting import How, Shared, compensated, gains, nearest
@@ -92,8 +92,7 @@ class Clustering:
 
     def _target(self, layer: Layer) -> Target | str:
         """The layer as a target, or why it stays."""
-        weight = surgery.weight_of(layer)
-        self._check_finite(layer, weight)
+        weight = self.options.finite_weight(layer)
         low, high = weight.aminmax()
         if low == high:
             return f"all its weights are {float(low):.6g}"
@@ -108,14 +107,6 @@ class Clustering:
         if size >= weight.nbytes:
             return f"indices and codebook would take {size} bytes, its weight takes {weight.nbytes}"
         return Target(layer, how, bits, distinct)
-
-    def _check_finite(self, layer: Layer, weight: Tensor) -> None:
-        if not bool(weight.isfinite().all()):
-            raise PassError(
-                f"{layer.name}: its weight holds NaN or infinity",
-                at=f"pass {self.options.name()}",
-                fix="train or load the model anew, or leave the layer out with `exclude:`",
-            )
 
     # --- codebooks and indices ---
 

@@ -147,14 +147,7 @@ class Decomposition:
         return targets, skips
 
     def _degenerate(self, layer: Layer) -> str | None:
-        weight: Any = layer.module.weight
-        if not bool(weight.isfinite().all()):
-            raise PassError(
-                f"{layer.name}: its weight holds NaN or infinity",
-                at=self.place,
-                fix="train or load the model anew, or leave the layer out with `exclude:`",
-            )
-        return None if bool(weight.any()) else "its weight is zero"
+        return None if bool(self.options.finite_weight(layer).any()) else "its weight is zero"
 
     def _maps(self, model: CapturedModel) -> dict[str, Affine]:
         """Layers that are fitted with their BatchNorm, towards what a shortcut leaves to them."""

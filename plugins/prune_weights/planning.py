@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery import CapturedModel, Layer, ModelError, Skip
+from surgery import CapturedModel, Layer, Skip
 
 from . import PruneWeights
 from .patterns import Blocks, Pattern, Single, Windows
@@ -40,18 +40,13 @@ def planned(options: PruneWeights, model: CapturedModel) -> tuple[list[Job], lis
     """The layers that lose something, in order of execution, and those that do not with the reason.
 
     Raises:
-        ModelError: a weight holds NaN or infinity; names the layer.
+        PassError: a weight holds NaN or infinity; names the layer.
     """
     jobs, skips = [], []
     wanted = [layer for layer in surgery.layers(model) if layer.type.startswith(("Conv", "Linear"))]
     for layer in options.selected(wanted):
+        options.finite_weight(layer)
         weight = matrix_of(layer)
-        if not bool(weight.isfinite().all()):
-            raise ModelError(
-                f"the weight of {layer.name} holds NaN or infinity",
-                at=f"pass {options.name()}",
-                fix="repair the model, or exclude the layer",
-            )
         reason = surgery.tied(model, layer, computed=is_masked(layer))
         pattern = reason or _pattern(options, layer, weight)
         if isinstance(pattern, str):

@@ -37,8 +37,8 @@ from surgery.measurement import latency
 from surgery.recipe import resolve
 from surgery.testing import randomise
 
-MODELS = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny"]
-MODELS += ["vit_b_16"]
+MODELS = ["squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf"]
+MODELS += ["efficientnet_b0", "resnet18", "swin_t"]
 ROUNDS = {1: 40, 32: 10}
 IMAGES = 8
 
