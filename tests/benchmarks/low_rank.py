@@ -19,17 +19,16 @@ import copy
 import json
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from accuracy import SHARED, Bench, note
-from models import TOOL, chosen, drop_auxiliary_heads, in_a_line, isolated, leaves, load_tool, onnx_parity
+from models import TOOL, drop_auxiliary_heads, in_a_line, leaves, load_tool, onnx_parity, zoo_rows, zoo_subject
 from surgery_plugins.low_rank import surgery_passes
 from surgery_plugins.low_rank.chain import Stage, composed
 from torch import nn
@@ -37,7 +36,6 @@ from torch import nn
 import surgery
 from surgery import CapturedModel, Context, Data, PassReport, capture, measure, onnx_latency
 from surgery.captured import relative_error
-from surgery.testing import randomise
 
 PASSES = {step.name(): step for step in surgery_passes()}
 ON_CONVOLUTIONS = ("channel_svd", "tucker", "spatial_svd", "cp")
@@ -200,25 +198,7 @@ class Row:
 
 
 def zoo(options: argparse.Namespace) -> None:
-    tool = load_tool(options.tool)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    known = {}
-    for line in options.rows.read_text().splitlines() if options.rows.exists() else []:
-        row = Row(**json.loads(line))
-        known[row.name] = row
-    rows = []
-    for name in chosen(tool, options.names):
-        if name not in known:
-            try:
-                known[name] = isolated(examined, tool, name, options)
-            except RuntimeError as error:
-                known[name] = Row(name, failure=str(error))
-            with options.rows.open("a") as file:
-                file.write(json.dumps(asdict(known[name])) + "\n")
-        rows.append(known[name])
-        print(rows[-1], flush=True)
-    print(*zoo_summary(rows), sep="\n")
+    print(*zoo_summary(zoo_rows(options, Row, examined)), sep="\n")
 
 
 def zoo_summary(rows: Sequence[Row]) -> Iterable[str]:
@@ -231,11 +211,7 @@ def zoo_summary(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def examined(tool: ModuleType, name: str, options: argparse.Namespace) -> Row:
-    torch.manual_seed(0)
-    model, inputs = tool.build(name)
-    model.eval()
-    drop_auxiliary_heads(model)
-    captured = capture(randomise(model), inputs)
+    captured = zoo_subject(tool, name)
     row = Row(name, sum(p.numel() for p in captured.parameters()))
     if row.parameters > options.limit:
         row.reason = f"over {options.limit:,} parameters"

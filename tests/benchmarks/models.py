@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import multiprocessing
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from surgery.captured import CapturedModel
+from surgery.captured import CapturedModel, capture
 from surgery.export.onnx import export_onnx
 from surgery.parity import parity
+from surgery.testing import randomise
 
 TOOL = Path(__file__).resolve().parents[2].parent / "shared" / "tools" / "zoo.py"
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
@@ -100,6 +105,36 @@ def isolated(action: Callable[..., Any], *arguments: Any, limit: float | None = 
     if failure:
         raise RuntimeError(failure)
     return value
+
+
+def zoo_rows(options: argparse.Namespace, form: Any, examined: Callable[..., Any]) -> list[Any]:
+    """A row for each of `options.names`, `examined(tool, name, options)` in a process of its own, printed as it comes.
+    Rows are of the dataclass `form`; those of the file `options.rows` are taken as they are, new ones added to it."""
+    tool = load_tool(options.tool)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
+    known = {row.name: row for row in (form(**json.loads(line)) for line in lines)}
+    names = chosen(tool, options.names)
+    for name in names:
+        if name not in known:
+            try:
+                known[name] = isolated(examined, tool, name, options)
+            except RuntimeError as error:
+                known[name] = form(name, failure=str(error))
+            with options.rows.open("a") as file:
+                file.write(json.dumps(asdict(known[name])) + "\n")
+        print(known[name], flush=True)
+    return [known[name] for name in names]
+
+
+def zoo_subject(tool: ModuleType, name: str) -> CapturedModel:
+    """The model with random weights and statistics, captured."""
+    torch.manual_seed(0)
+    model, inputs = tool.build(name)
+    model.eval()
+    drop_auxiliary_heads(model)
+    return capture(randomise(model), inputs)
 
 
 def _answer(sender: Connection, action: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

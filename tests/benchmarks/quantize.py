@@ -19,10 +19,9 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 from accuracy import SHARED, load, note
-from models import TOOL, chosen, drop_auxiliary_heads, isolated, load_tool, onnx_parity
+from models import TOOL, drop_auxiliary_heads, load_tool, onnx_parity, zoo_rows, zoo_subject
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
 from surgery_plugins.quantize import Quantize
 from surgery_plugins.quantize.counting import kernels
@@ -192,23 +191,7 @@ class Row:
 
 
 def zoo(options: argparse.Namespace) -> None:
-    tool = load_tool(options.tool)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
-    known = {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
-    rows = []
-    for name in chosen(tool, options.names):
-        if name not in known:
-            try:
-                known[name] = isolated(examined, tool, name, options)
-            except RuntimeError as error:
-                known[name] = Row(name, failure=str(error))
-            with options.rows.open("a") as file:
-                file.write(json.dumps(asdict(known[name])) + "\n")
-        rows.append(known[name])
-        print(rows[-1], flush=True)
-    print(*zoo_summary(rows), sep="\n")
+    print(*zoo_summary(zoo_rows(options, Row, examined)), sep="\n")
 
 
 def zoo_summary(rows: Sequence[Row]) -> Iterable[str]:
@@ -220,11 +203,7 @@ def zoo_summary(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def examined(tool: Any, name: str, options: argparse.Namespace) -> Row:
-    torch.manual_seed(0)
-    model, inputs = tool.build(name)
-    model.eval()
-    drop_auxiliary_heads(model)
-    captured = capture(randomise(model), inputs)
+    captured = zoo_subject(tool, name)
     row = Row(name, sum(p.numel() for p in captured.parameters()))
     if row.parameters > options.limit:
         row.reason = f"over {options.limit:,} parameters"
