@@ -23,21 +23,22 @@ from surgery import (
     find_channels,
 )
 
-LIMITS = st.builds(Limits, st.integers(1, 9), st.integers(1, 8))
+LIMITS = st.builds(Limits, st.integers(1, 9), st.integers(1, 8) | st.just("auto"))
 SCORES = st.lists(st.floats(-100, 100), min_size=1, max_size=24).map(lambda s: torch.tensor(s, dtype=torch.float64))
 
 
 @given(SCORES, LIMITS, st.integers(0, 5), st.floats(0.1, 100))
 def test_keys_keep_the_order_of_the_scores_and_the_limits(scores, limits, gone, cost):
     size = len(scores)
+    multiple = limits.multiple(size)
     for keys in (keys_by_share(scores, limits, gone), keys_by_score(scores, limits, cost)):
         in_order = keys[scores.argsort(stable=True)]
         assert bool((in_order[1:] >= in_order[:-1]).all())
         for cut in {float(k) for k in keys if k < NEVER}:
             left = size - int((keys <= cut).sum())
             assert left >= limits.least
-            assert left % limits.round_to == 0
-        least = min([k for k in range(limits.least, size) if k % limits.round_to == 0], default=size)
+            assert left % multiple == 0
+        least = min([k for k in range(limits.least, size) if k % multiple == 0], default=size)
         assert int((keys == NEVER).sum()) == least
 
 
@@ -74,3 +75,19 @@ def test_a_cut_is_within_one_percent_above_the_target_or_as_far_as_it_goes(seed,
     assert left == pytest.approx(found.cost.macs(found.alive(marks)) / budget.whole)
     furthest = found.cost.macs(found.alive([k < NEVER for k in keys])) / budget.whole
     assert left <= max(target * 1.01, furthest)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        (3, {1, 2}),
+        (4, {2}),
+        (7, {2, 4, 6}),
+        (8, {4}),
+        (16, {4, 8, 12}),
+        (63, set(range(4, 63, 4))),
+        (64, set(range(8, 64, 8))),
+    ],
+)
+def test_automatic_multiples_are_finer_in_narrow_groups(size, kept):
+    assert {size - gone for gone in Limits(round_to="auto").counts(size)} == kept | {size}

@@ -30,7 +30,8 @@ BAD_OPTIONS = [
     ({"bytes": 2}, "bytes: input should be less than or equal to 1"),
     ({"ratio": "0.5"}, "ratio: input should be a valid number"),
     ({"overrides": {"stem": 1.0}}, "overrides.stem: input should be less than 1"),
-    ({"round_to": 0}, "round_to: input should be greater than or equal to 1"),
+    ({"round_to": 0}, "round_to: should be greater than or equal to 1 or 'auto'"),
+    ({"round_to": "often"}, "round_to"),
     ({"min_width": 0}, "min_width"),
     ({"steps": 0}, "steps"),
     ({"scope": "all"}, "scope"),
@@ -58,7 +59,7 @@ def test_equal_options_are_equal_passes_with_equal_hashes():
     [
         ({"macs": 0.01}, "at least 1 of each group stays"),
         ({"parameters": 0.3, "min_width": 6}, "at least 6 of each group stays"),
-        ({"macs": 0.2, "round_to": 6}, "a multiple of 6"),
+        ({"macs": 0.2, "round_to": 6}, r"a multiple \(6\)"),
         ({"bytes": 0.3, "exclude": ("second",)}, r"2 groups are left out or overridden; 5 channels have to stay"),
         ({"macs": 0.01, "steps": 3}, "macs: 0.01 cannot be met"),
     ],

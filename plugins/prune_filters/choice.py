@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from surgery import Channels
 
 NEVER = math.inf
+AUTO = {8: 64, 4: 8, 2: 4, 1: 0}
+"""Multiples that kernels compute fastest, each with the narrowest group that is rounded to it."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,18 @@ class Limits:
     """What is left of each group: at least `least` units, in multiples of `round_to` where it loses any."""
 
     least: int = 1
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
+
+    def multiple(self, size: int) -> int:
+        """Of what is left of a group of `size` units."""
+        if self.round_to != "auto":
+            return self.round_to
+        return next(multiple for multiple, width in AUTO.items() if size >= width)
 
     def counts(self, size: int) -> list[int]:
         """How many units may go, ascending; 0 is always among them."""
-        kept = [k for k in range(size - 1, max(1, self.least) - 1, -1) if k % self.round_to == 0]
+        multiple = self.multiple(size)
+        kept = [k for k in range(size - 1, max(1, self.least) - 1, -1) if k % multiple == 0]
         return [0, *(size - k for k in kept)]
 
 

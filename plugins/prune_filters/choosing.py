@@ -234,7 +234,7 @@ class Choice:
         stay = sum(frozen.channels for frozen in self.found.frozen)
         limits = [
             f"at least {self.options.min_width} of each group stays",
-            f"what is left is a multiple of {self.options.round_to}" if self.options.round_to > 1 else "",
+            f"what is left is a multiple ({self.options.round_to})" if self.options.round_to != 1 else "",
             f"{out} groups are left out or overridden" if out else "",
             f"{stay} channels have to stay" if stay else "",
         ]
