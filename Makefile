@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
 
 install: $(STAMP)
 
@@ -66,6 +66,9 @@ prune-weights: $(VENV)/.zoo
 
 kmeans-bench: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/kmeans.py $(KMEANS)
+
+finetuning: $(VENV)/.zoo
+	$(BIN)/python tests/benchmarks/finetuning.py $(FINETUNING)
 
 deep-compression: $(VENV)/.zoo
 	$(BIN)/python tests/benchmarks/deep_compression.py $(DEEP)

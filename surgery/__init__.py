@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .graph import shape as shape
     from .graph import sharing as sharing
     from .graph import tied as tied
+    from .hoisting import hoisted as hoisted
     from .hooks import hookimpl as hookimpl
     from .inputs import Inputs as Inputs
     from .loading import load as load
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .passes import Skip as Skip
     from .pipeline import Operation as Operation
     from .pipeline import operate as operate
+    from .quantizers import WeightQuantizer as WeightQuantizer
     from .registry import Registry as Registry
     from .replacement import Operator as Operator
     from .replacement import bypass as bypass
@@ -138,6 +140,7 @@ _HOME = {
     "export.onnx": ("export_onnx",),
     "export.source": ("export_source",),
     "graph": ("Layer", "layers", "matches", "shape", "sharing", "tied"),
+    "hoisting": ("hoisted",),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),
@@ -150,6 +153,7 @@ _HOME = {
     "packing.writing": ("pack",),
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
+    "quantizers": ("WeightQuantizer",),
     "registry": ("Registry",),
     "replacement": ("Operator", "bypass", "replace_layer"),
     "targets": ("Target",),

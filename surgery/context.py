@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .channels import Channels
     from .criteria import Criterion
     from .passes import Pass
+    from .quantizers import WeightQuantizer
     from .registry import Registry
     from .targets import Target
 
@@ -123,6 +124,14 @@ class Context:
             RecipeError: there is none of that name.
         """
         return self._plugins.find_target(name)
+
+    def weight_quantizer(self, name: str) -> type[WeightQuantizer]:
+        """The quantiser of weights of this name, to be made for each layer.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
+        return self._plugins.find_weight_quantizer(name)
 
     @cached_property
     def _plugins(self) -> Registry:

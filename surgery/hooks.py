@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .criteria import Criterion
     from .packing.codec import Codec
     from .passes import Pass
+    from .quantizers import WeightQuantizer
     from .targets import Target
 
 hookspec = pluggy.HookspecMarker("surgery")
@@ -50,6 +51,15 @@ def surgery_criteria() -> Sequence[type[Criterion]]:  # type: ignore[empty-body]
 
     Each derives from `surgery.Criterion`; its name in recipes is the class name in snake case and must be unique over
     all plugins.
+    """
+
+
+@hookspec
+def surgery_weight_quantizers() -> Sequence[type[WeightQuantizer]]:  # type: ignore[empty-body]
+    """Quantisers to train weights through.
+
+    Each derives from `surgery.WeightQuantizer`; its name in recipes is the class name in snake case and must be unique
+    over all plugins.
     """
 
 

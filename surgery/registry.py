@@ -19,6 +19,7 @@ from .errors import PluginError, RecipeError
 from .named import checked
 from .packing.codec import Codec
 from .passes import Pass, check_class
+from .quantizers import WeightQuantizer
 from .targets import Target
 
 GROUP = "surgery"
@@ -33,7 +34,7 @@ class Provided:
 
 
 class Registry:
-    """Passes, recipes, criteria, codecs, targets and channel rules, by name."""
+    """Passes, recipes, criteria, codecs, targets, quantisers of weights and channel rules, by name."""
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
         """Only the given plugin objects (modules or instances with hook implementations)."""
@@ -72,6 +73,10 @@ class Registry:
     @property
     def targets(self) -> dict[str, Target]:
         return {name: provided.value for name, provided in sorted(self._targets.items())}
+
+    @property
+    def weight_quantizers(self) -> dict[str, type[WeightQuantizer]]:
+        return {name: provided.value for name, provided in sorted(self._weight_quantizers.items())}
 
     @property
     def channel_rules(self) -> dict[Any, Any]:
@@ -114,6 +119,15 @@ class Registry:
             )
         return self.targets[name]
 
+    def find_weight_quantizer(self, name: str) -> type[WeightQuantizer]:
+        """The quantiser's class; RecipeError with the nearest names and the whole list where there is none."""
+        if name not in self._weight_quantizers:
+            raise RecipeError(
+                f"unknown quantizer {name!r}{did_you_mean(name, self._weight_quantizers)}",
+                fix=f"known quantizers: {', '.join(self.weight_quantizers)}",
+            )
+        return self.weight_quantizers[name]
+
     def find_recipe(self, name: str) -> Traversable:
         if name not in self._recipes:
             raise RecipeError(
@@ -148,6 +162,7 @@ class Registry:
         self._criteria = self._gather("surgery_criteria", _criterion_name)
         self._codecs = self._gather("surgery_codecs", _codec_name)
         self._targets = self._gather("surgery_targets", _target_name)
+        self._weight_quantizers = self._gather("surgery_weight_quantizers", _weight_quantizer_name)
 
     def _gather(self, hook: str, name_of: Any) -> dict[str, Provided]:
         found: dict[str, Provided] = {}
@@ -200,6 +215,10 @@ def _criterion_name(value: Any, plugin: str) -> str:
 
 def _codec_name(value: Any, plugin: str) -> str:
     return checked(value, Codec, f"plugin {plugin}").name()
+
+
+def _weight_quantizer_name(value: Any, plugin: str) -> str:
+    return checked(value, WeightQuantizer, f"plugin {plugin}").name()
 
 
 def _target_name(value: Any, plugin: str) -> str:

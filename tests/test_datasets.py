@@ -407,26 +407,29 @@ def indices_of(batches) -> list[int]:
     sample=st.integers(1, 80),
     limit=st.integers(1, 80),
     seed=st.integers(0, 9),
+    trained=st.none() | st.integers(1, 80),
 )
 @settings(max_examples=60, deadline=None)
-def test_samples_are_disjoint_seeded_and_of_the_size_asked_for(train, test, sample, limit, seed):
+def test_samples_are_disjoint_seeded_and_of_the_size_asked_for(train, test, sample, limit, seed, trained):
     from surgery.datasets.options import Options
 
     splits = {name: Counted(n) for name, n in (("train", train), ("test", test)) if n}
     if not splits:
         return
-    options = Options(calibration=sample, limit=limit, seed=seed, batch=7)
+    options = Options(calibration=sample, limit=limit, seed=seed, batch=7, training=trained)
     first, again = (data_of(splits, options, Pixels()) for _ in range(2))
     used, judged = indices_of(first.calibration), indices_of(first.evaluation)
     assert (used, judged) == (indices_of(again.calibration), indices_of(again.evaluation))
-    assert used == indices_of(first.training)
+    learnt = indices_of(first.training)
+    assert learnt[: len(used)] == used[: len(learnt)]
+    wanted = sample if trained is None else trained
     assert judged == sorted(set(judged))
     assert len(set(used)) == len(used)
     if len(splits) == 2:
-        assert (len(used), len(judged)) == (min(sample, train), min(limit, test))
+        assert (len(used), len(judged), len(learnt)) == (min(sample, train), min(limit, test), min(wanted, train))
     elif train + test > 1:
-        assert not set(used) & set(judged)
-        assert len(used) == min(sample, (train + test) // 2)
+        assert not {*used, *learnt} & set(judged)
+        assert [len(used), len(learnt)] == [min(n, (train + test) // 2) for n in (sample, wanted)]
 
 
 def test_batches_are_read_when_they_are_needed_and_kept_as_far_as_there_is_room(monkeypatch):
@@ -438,6 +441,10 @@ def test_batches_are_read_when_they_are_needed_and_kept_as_far_as_there_is_room(
     assert indices_of(batches) == indices_of(batches) == list(range(10))
     assert pictures.read == [*range(10), 3, 4, 5, 6, 7, 8]
     assert len(batches) == 4
+    assert torch.equal(batches[-1], batches[3])
+    assert [len(batch) for batch in batches[2:]] == [3, 1]
+    with pytest.raises(IndexError):
+        batches[4]
 
 
 # --- labels of any data ---

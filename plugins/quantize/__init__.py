@@ -11,19 +11,22 @@ shared       weights made of few values
 ties         scales at which PyTorch and a runtime round alike
 sensitivity  layers that stay float
 insertion    the nodes in the graph
+aware        training that sees the integers
 quantising   the way through a model
-training     quantisers to train through
+training, quantizers     quantisers to train through
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
-from surgery import Pass, PassReport, Target, hookimpl
+from surgery import Pass, PassReport, RecipeError, Target, WeightQuantizer, hookimpl
 
+from .quantizers import QUANTIZERS
 from .targets import ONNXRUNTIME_CPU
 
 if TYPE_CHECKING:
@@ -88,8 +91,18 @@ class Quantize(Pass):
         ),
     ] = None
 
+    training: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="train through the integers before they are written (Jacob et al. 2018, section 3), with these"
+            " options of `finetune`; {} = its defaults"
+        ),
+    ] = None
+
     def check(self, registry: Registry) -> None:
         registry.find_target(self.runtime)
+        if self.training is not None:
+            _check_training(registry, self.training)
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .quantising import Quantisation
@@ -97,9 +110,27 @@ class Quantize(Pass):
         return Quantisation(self, model, context).run()
 
 
+def _check_training(registry: Registry, options: dict[str, Any]) -> None:
+    """Raises RecipeError where they are no options of the pass that trains."""
+    cls = registry.find_pass("finetune")
+    if "quantizer" in options:
+        raise RecipeError("training: quantizer", fix="the weights are trained through the integers; leave it out")
+    try:
+        TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
+    except (TypeError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        place = ".".join(("training", *map(str, first["loc"])))
+        raise RecipeError(f"{place}: {first['msg']}", fix="`surgery show finetune` explains the options") from error
+
+
 @hookimpl
 def surgery_passes() -> list[type[Pass]]:
     return [Quantize]
+
+
+@hookimpl
+def surgery_weight_quantizers() -> list[type[WeightQuantizer]]:
+    return list(QUANTIZERS)
 
 
 @hookimpl

@@ -16,6 +16,7 @@ import torch
 import surgery
 from surgery import CapturedModel, Context, Edit, Layer, PassError, PassReport, Skip
 
+from .aware import trained
 from .equalisation import equalise, pairs
 from .fitting import Fitted, fit, weight_options
 from .forms import rewrite
@@ -65,18 +66,27 @@ class Quantisation:
         reference = surgery.snapshot(self.model)
         if self.step.sqnr_db is not None:
             names -= self._kept_float(names, reference, lookups, self.step.sqnr_db)
-        edits, left = self._quantise(self.model, names, reference, lookups)
+        edits, left = self._quantise(self.model, names, reference, lookups, train=self.step.training is not None)
         return PassReport(edits, tuple(self.skips), (*notes, *left, *self.measured))
 
     def _quantise(
-        self, model: CapturedModel, names: Collection[str], reference: CapturedModel, lookups: Mapping[str, Lookup]
+        self,
+        model: CapturedModel,
+        names: Collection[str],
+        reference: CapturedModel,
+        lookups: Mapping[str, Lookup],
+        train: bool = False,
     ) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
         """Integers in `model`; what was edited, and notes on what was not."""
         chosen = _named(model, names)
         placement = Placement(model, self.target, {node for layer in chosen for node in layer.nodes})
         insert_pairs(placement, self._observe(placement))
         left = self._left(placement)
-        fitted = fit(self.step, self.bits, model, reference, chosen, lookups, self.context)
+        start = surgery.snapshot(model) if train else model  # fitting has each layer see those before it rounded
+        fitted = fit(self.step, self.bits, start, reference, _named(start, names), lookups, self.context)
+        if train:
+            fitted, report = trained(self.step, model, chosen, fitted, self.context)
+            left = (*left, *(f"trained through the integers: {note}" for note in report.notes))
         return tuple(self._write(model, chosen, fitted, lookups)), left
 
     def _kept_float(

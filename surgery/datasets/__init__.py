@@ -22,7 +22,8 @@ _READERS: dict[str, tuple[Reader, type[Options]]] = {
 
 
 def data_from(name: str, example_inputs: Any = None) -> Data:
-    """The data that `name` stands for, with calibration (no labels) and evaluation, which do not overlap.
+    """The data that `name` stands for: calibration (no labels), training and evaluation. Evaluation shares no picture
+    with the others.
 
     `digits`: the scanned 8×8 digits of scikit-learn. `cifar10:PATH`: the binary version of CIFAR-10, .npz files or a
     folder of images. `imagefolder:PATH`: a folder of images per class. These take options behind a question mark:

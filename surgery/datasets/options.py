@@ -30,10 +30,12 @@ class Options:
     """Images of a batch."""
     calibration: Natural = 256
     """Images to calibrate on: a random sample of the training images that does not look at classes."""
+    training: Natural | None = None
+    """Images to train on, with labels: a random sample of the training images; None = those to calibrate on."""
     limit: Natural | None = None
     """Images to evaluate on, at most: a random sample, in order; None = all."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Decides both samples."""
+    """Decides the samples."""
 
 
 PRESETS = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     )
 
 
-class Batches:
-    """Batches of `pictures[indices]`, in that order; with labels, pairs. Can be iterated over any number of times."""
+class Batches(Sequence[Any]):
+    """Batches of `pictures[indices]`, in that order; with labels, pairs. Read when they are asked for."""
 
     def __init__(
         self, pictures: Pictures, indices: Sequence[int], form: Pixels, batch: int, *, labelled: bool = False
@@ -78,15 +78,21 @@ class Batches:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __iter__(self) -> Iterator[Any]:
-        for number, part in enumerate(self._parts):
-            inputs = self._form(self._read(number, part))
-            yield (inputs, self._pictures.labels[part]) if self._labelled else inputs
+    @overload
+    def __getitem__(self, number: int) -> Any: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Any]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[place] for place in range(len(self))[number]]
+        place = range(len(self))[number]
+        inputs = self._form(self._read(place))
+        return (inputs, self._pictures.labels[self._parts[place]]) if self._labelled else inputs
 
-    def _read(self, number: int, part: Sequence[int]) -> Tensor:
+    def _read(self, number: int) -> Tensor:
         if number in self._kept:
             return self._kept[number]
-        pixels = self._pictures.pixels(part)
+        pixels = self._pictures.pixels(self._parts[number])
         if pixels.nbytes <= self._room:
             self._kept[number] = pixels
             self._room -= pixels.nbytes
@@ -96,14 +102,15 @@ class Batches:
 def data_of(splits: Mapping[str, Pictures], options: Options, form: Pixels) -> Data:
     """Calibration from the split `train` and evaluation from `test`.
 
-    Where one is missing, both come from the other and share no picture; calibration takes half of it at most.
-    `training` is the calibration sample with its labels, for criteria that ask for labels.
+    Where one is missing, both come from the other and share no picture; evaluation keeps half of it at least.
+    `training` has labels: `options.training` pictures, the calibration sample among them, or else that sample.
     """
     learn, test = (splits.get(name, next(iter(splits.values()))) for name in ("train", "test"))
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(learn.labels), generator=generator).tolist()
     rest = list(range(len(test.labels)))
-    sample = order[: options.calibration]
+    trained = options.calibration if options.training is None else options.training
+    sample = order[: max(options.calibration, trained)]
     if learn is test:
         sample = sample[: len(order) // 2] or order
         rest = sorted(set(order) - set(sample)) or order
@@ -111,9 +118,9 @@ def data_of(splits: Mapping[str, Pictures], options: Options, form: Pixels) -> D
         chosen = torch.randperm(len(rest), generator=generator)[: options.limit].sort().values
         rest = [rest[i] for i in chosen.tolist()]
     return Data(
-        calibration=Batches(learn, sample, form, options.batch),
+        calibration=Batches(learn, sample[: options.calibration], form, options.batch),
         evaluation=Batches(test, rest, form, options.batch, labelled=True),
-        training=Batches(learn, sample, form, options.batch, labelled=True),
+        training=Batches(learn, sample[:trained], form, options.batch, labelled=True),
     )
 
 

@@ -2,9 +2,11 @@
 
     make deep-compression                                     ResNet-20 and ResNet-56 at several sparsities and bits
     make deep-compression DEEP="--depth 20 --sparsity 0.5 --bits 4"
+    make deep-compression DEEP="--depth 20 --sparsity 0.9 --bits 3 4 --epochs 5"    trained after each step
     make deep-compression DEEP="--vgg --sparsity 0.9 --bits 4"    VGG-16 at 224×224, random weights: sizes and times
 
-As in accuracy.py, 1,024 images without labels calibrate, top-1 on the 846 lossless test images; nothing is trained.
+As in accuracy.py, 1,024 images without labels calibrate, top-1 on the 846 lossless test images; nothing is trained, but
+with `--epochs` on the 4,660 lossless training images, with labels and towards the original's outputs.
 Bytes are those of `model.safetensors`, `model.onnx` and `model.surgery`. `ratio` is the original's safetensors file
 over the pack.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import SHARED, Bench
+from accuracy import SHARED, Bench, load
 from models import TOOL, load_tool
 
 import surgery
@@ -39,27 +41,54 @@ def sizes(model: CapturedModel) -> dict[str, int]:
         return {path.suffix[1:]: path.stat().st_size for path in (weights, onnx, pack)}
 
 
-def steps(model: CapturedModel, context: Context, sparsity: float, bits: int) -> Iterator[tuple[str, CapturedModel]]:
-    """The model after each step of the recipe; a step that was done before is not done again."""
-    registry = Registry.load()
-    if sparsity:
-        model, _ = registry.find_pass("prune_weights")(sparsity=sparsity)(model, context)  # type: ignore[call-arg]
-        yield f"{sparsity:.0%} of the weights zero", model
-    model, _ = registry.find_pass("kmeans")(bits=bits)(model, context)  # type: ignore[call-arg]
-    yield f"{f'{sparsity:.0%} zero, ' if sparsity else ''}{bits} bits", model
+class Chain:
+    """The recipe on one model; what several settings begin with is done once."""
 
+    def __init__(self, model: CapturedModel, context: Context, training: dict[str, Any]) -> None:
+        self.model, self.context, self.training = model, context, training
+        self.registry, self.known = Registry.load(), dict[float, list[tuple[str, CapturedModel, float]]]()
 
-def rows(name: str, bench: Any, grid: Sequence[tuple[float, int]]) -> Iterator[str]:
-    start = time.perf_counter()
-    model, context = bench.model, Context(bench.model, Data(calibration=bench.batches))
-    yield row(name, "original", model, bench.accuracy(model), 0.0, base := sizes(model)["safetensors"])
-    seen = set()
-    for sparsity, bits in grid:
-        for step, result in steps(model, context, sparsity, bits):
-            if step not in seen:
-                seen.add(step)
-                yield row(name, step, result, bench.accuracy(result), time.perf_counter() - start, base)
+    def steps(self, sparsity: float, bits: int) -> Iterator[tuple[str, CapturedModel, float]]:
+        """What was done, the model after it, and the seconds it took."""
+        if sparsity and sparsity not in self.known:
+            zero = f"{sparsity:.0%} of the weights zero"
+            self.known[sparsity] = list(self._step(zero, self.model, "prune_weights", sparsity=sparsity))
+            yield from self.known[sparsity]
+        start = self.known[sparsity][-1][1] if sparsity else self.model
+        yield from self._step(f"{f'{sparsity:.0%} zero, ' if sparsity else ''}{bits} bits", start, "kmeans", bits=bits)
+
+    def _step(
+        self, what: str, model: CapturedModel, name: str, **options: Any
+    ) -> Iterator[tuple[str, CapturedModel, float]]:
+        """The pass, and training behind it."""
+        model, seconds = self._applied(model, name, **options)
+        yield what, model, seconds
+        if self.training["epochs"]:
+            model, seconds = self._applied(model, "finetune", **self.training)
+            yield f"{what}, trained", model, seconds
+
+    def _applied(self, model: CapturedModel, name: str, **options: Any) -> tuple[CapturedModel, float]:
         start = time.perf_counter()
+        result, _ = self.registry.find_pass(name)(**options)(model, self.context)
+        return result, time.perf_counter() - start
+
+
+def rows(
+    name: str, bench: Any, grid: Sequence[tuple[float, int]], data: Data, training: dict[str, Any]
+) -> Iterator[str]:
+    model, chain = bench.model, Chain(bench.model, Context(bench.model, data), training)
+    yield row(name, "original", model, bench.accuracy(model), 0.0, base := sizes(model)["safetensors"])
+    for sparsity, bits in grid:
+        for step, result, seconds in chain.steps(sparsity, bits):
+            yield row(name, step, result, bench.accuracy(result), seconds, base)
+
+
+def labelled(shared: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All lossless training images."""
+    networks, images = load(shared / "models/resnet_cifar.py"), load(shared / "data/cifar10.py")
+    train, labels = map(torch.from_numpy, images.lossless("train"))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
+    return list(zip(networks.normalise(train[order]).split(128), labels[order].split(128), strict=True))
 
 
 def row(name: str, step: str, model: CapturedModel, accuracy: float | None, seconds: float, base: int) -> str:
@@ -90,7 +119,8 @@ def main() -> None:
     for depth in [] if options.vgg else options.depth:
         benches.append((f"ResNet-{depth}", Bench(options.shared, depth)))  # type: ignore[arg-type]
     for name, bench in benches:
-        for line in rows(name, bench, grid):
+        data = Data(calibration=bench.batches, training=labelled(options.shared) if options.epochs else None)
+        for line in rows(name, bench, grid, data, {"epochs": options.epochs, "learning_rate": options.rate}):
             print(line, flush=True)
 
 
@@ -99,6 +129,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--epochs", type=int, default=0, help="of training after each step; 0 = none")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
     parser.add_argument("--vgg", action="store_true")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with models/ and data/")
     parser.add_argument("--tool", type=Path, default=TOOL, help="zoo.py, which builds the models")

@@ -1,0 +1,90 @@
+"""The data to train on: inputs of the model, and labels where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from surgery import CapturedModel, Context, InputError, Inputs
+
+FIX = "give surgery.Data(training=…), batches of (inputs, target), or calibration=…, batches of inputs"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches for `model`, in an order by chance where they can be asked for by number, else as they come."""
+
+    model: CapturedModel
+    items: Iterable[Any]
+    role: str
+
+    @classmethod
+    def of(cls, model: CapturedModel, context: Context) -> Batches:
+        """Training data, else calibration data.
+
+        Raises:
+            InputError: there is neither.
+        """
+        for role in ("training", "calibration"):
+            items = getattr(context.data, role)
+            if items is not None:
+                return cls(model, items, role)
+        raise InputError("there is no data to train on", fix=FIX)
+
+    @property
+    def labelled(self) -> bool:
+        return self.role == "training"
+
+    def count(self) -> int:
+        """Of an epoch; data that does not know it is gone through for it.
+
+        Raises:
+            InputError: there are none.
+        """
+        found = len(self.items) if isinstance(self.items, Sized) else sum(1 for _ in self.items)
+        if not found:
+            raise InputError(f"the {self.role} data has no batches", fix=FIX)
+        return found
+
+    def epoch(self) -> Iterator[tuple[Inputs, Any]]:
+        """Inputs, and the target or None. Draws from torch's generator.
+
+        Raises:
+            InputError: a batch does not fit the model, holds NaN, or is no pair.
+        """
+        order: Iterable[Any] = self.items
+        if isinstance(self.items, Sequence):
+            order = map(self.items.__getitem__, torch.randperm(len(self.items)).tolist())
+        for number, item in enumerate(order):
+            place = f"{self.role} batch {number}"
+            inputs, target = self._pair(item, place)
+            yield self._fitting(inputs, place), target
+
+    def _pair(self, item: Any, place: str) -> tuple[Any, Any]:
+        if not self.labelled:
+            return item, None
+        if not (isinstance(item, tuple | list) and len(item) == 2):
+            raise InputError(f"the batch is {type(item).__name__}, no pair", at=place, fix=FIX)
+        return item[0], item[1]
+
+    def _fitting(self, value: Any, place: str) -> Inputs:
+        """`value` as inputs with the example's types and, but for the batch, its sizes."""
+        try:
+            inputs = Inputs.of(self.model, value)
+        except InputError as error:
+            raise InputError(error.problem, at=place, fix=error.fix) from error
+        inputs.check_finite(place)
+        given = inputs.named_tensors
+        for name, like in self.model.inputs.named_tensors.items():
+            tensor = given.get(name)
+            if tensor is None or tensor.dtype != like.dtype or tensor.shape[1:] != like.shape[1:]:
+                described = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise InputError(
+                    f"input {name} is {described}",
+                    at=place,
+                    fix=f"the model was captured with {like.dtype} {tuple(like.shape)}; the batch is dimension 0",
+                )
+        return inputs
