@@ -326,7 +326,7 @@ def test_layers_that_would_not_get_cheaper_stay_and_are_named() -> None:
 
 def test_layers_that_are_no_faster_stay_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopwatch, "gain", lambda self, layer, rung: 0.9 if layer.name == "conv" else 1.2)
-    for options in ({"layer_macs": 0.5}, {"macs": 0.8}):
+    for options in ({"layer_macs": 0.5}, {"macs": 0.8}, {"decomposed_macs": 0.5}):
         _, _, report = apply(ChannelSvd(only_if_faster=True, **options), net(), torch.randn(2, 3, 10, 10))
         assert {"stem", "last"} & {edit.layer for edit in report.edits}
         assert ("conv", True) in {(s.layer, "0.90 times as fast" in s.why) for s in report.skips}
@@ -413,6 +413,45 @@ def refused(step: Pass, model: nn.Module, *says: str) -> None:
 
 def test_a_budget_that_nobody_can_meet_says_how_far_it_goes() -> None:
     refused(ChannelSvd(macs=0.01), net(), "macs: 0.01 cannot be met", "is as far as it goes")
+
+
+def numbers_of(report: PassReport) -> list[Any]:
+    """Of the layers that were decomposed, not only solved anew."""
+    return [edit.numbers for edit in report.edits if "macs_before" in edit.numbers]
+
+
+def macs_of(report: PassReport, captured: CapturedModel) -> tuple[int, int]:
+    """Of all convolutions, before and after."""
+    saved = sum(int(n["macs_before"] - n["macs_after"]) for n in numbers_of(report))
+    before = measure(captured, captured.inputs).by_module
+    whole = sum(before[name] for name in ("stem", "conv", "last"))
+    return whole, whole - saved
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_share_of_what_can_be_decomposed_is_met_whatever_else_the_model_has(share: float) -> None:
+    model = net()
+    model.hidden = nn.Sequential(nn.Linear(24, 4000), nn.ReLU(), nn.Linear(4000, 40))
+    before, _, report = apply(ChannelSvd(decomposed_macs=share), model, torch.randn(2, 3, 10, 10), images())
+    whole, left = macs_of(report, before)
+    assert share - 0.03 < left / whole <= share * 1.01
+
+
+def test_layers_that_are_no_faster_do_not_count_in_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stopwatch, "gain", lambda self, layer, rung: 0.9 if layer.name == "conv" else 1.2)
+    step = ChannelSvd(only_if_faster=True, decomposed_macs=0.5)
+    before, _, report = apply(step, net(), torch.randn(2, 3, 10, 10))
+    own = measure(before, before.inputs).by_module
+    whole, left = macs_of(report, before)
+    assert (left - own["conv"]) / (whole - own["conv"]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_where_no_layer_is_faster_a_share_leaves_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stopwatch, "gain", lambda self, layer, rung: 0.9)
+    step = ChannelSvd(only_if_faster=True, decomposed_macs=0.5)
+    _, _, report = apply(step, net(), torch.randn(2, 3, 10, 10))
+    assert not report.edits
+    assert all("times as fast" in skip.why for skip in report.skips)
 
 
 def test_an_output_error_below_what_any_rank_reaches_is_an_error() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ class Decomposition:
         if self.options.output_error is not None:
             ranks, error = self._least(targets, self.options.output_error)
             notes = (f"error of the outputs on the calibration data: {error:.4g}",)
+        elif self.options.decomposed_macs is not None:
+            ranks, notes = self._within(targets, "macs", self.options.decomposed_macs, of_decomposed=True)
         elif self.options.budget is not None:
             ranks, notes = self._within(targets, *self.options.budget)
         else:
@@ -192,12 +195,22 @@ class Decomposition:
                 ladders.append(pending.popleft().result())
         return [*ladders, *(job.result() for job in pending)]
 
-    def _within(self, targets: list[Target], measure: str, share: float) -> tuple[dict[str, Rung], tuple[str, ...]]:
-        """The ranks for a budget, and a note where they leave more than a hundredth of it unused."""
+    def _within(
+        self, targets: list[Target], measure: str, share: float, of_decomposed: bool = False
+    ) -> tuple[dict[str, Rung], tuple[str, ...]]:
+        """The ranks for a budget, and a note where they leave more than a hundredth of it unused. `share`: of the
+        model, or of the layers that can be decomposed."""
         whole = surgery.measure(self.before, self.before.inputs)
         cost = {"macs": whole.macs, "parameters": whole.parameters, "bytes": whole.parameter_bytes}[measure]
         unit = whole.parameter_bytes / max(1, whole.parameters) if measure == "bytes" else 1.0
-        ranks = self._spread(targets, self._ladders(targets, measure), cost, measure, share, unit)
+        ladders = self._ladders(targets, measure)
+
+        def left_of_all() -> float:
+            able = sum(own.geometry.cost(measure) for own in ladders if own.rungs)
+            return 1 - (1 - share) * able / cost if of_decomposed else share
+
+        ranks = self._spread(targets, ladders, cost, measure, left_of_all, unit)
+        share = left_of_all()
         saved = unit * sum(t.geometry.cost(measure) - ranks[t.name].cost(measure) for t in targets if t.name in ranks)
         left = 1 - saved / cost
         if left >= share * (1 - TOLERANCE):
@@ -205,12 +218,19 @@ class Decomposition:
         return ranks, (f"{measure}: {left:.3g} of the model is left; no ranks come nearer to {share:g} from below",)
 
     def _spread(
-        self, targets: list[Target], ladders: list[Ladder], whole: int, measure: str, share: float, unit: float = 1.0
+        self,
+        targets: list[Target],
+        ladders: list[Ladder],
+        whole: int,
+        measure: str,
+        share: Callable[[], float],
+        unit: float = 1.0,
     ) -> dict[str, Rung]:
-        """The best ranks for a budget; a choice that is no faster goes off its ladder, with all that cost more."""
+        """The best ranks for a budget; a choice that is no faster goes off its ladder, with all that cost more, before
+        `share` is asked again."""
         known, by_name = {target.name: target for target in targets}, {own.name: own for own in ladders}
         while True:
-            ranks = self.chooser.within(ladders, whole, measure, share, unit)
+            ranks = self.chooser.within(ladders, whole, measure, share(), unit)
             slow = {name: why for name, rung in ranks.items() if (why := self._slow(known[name], rung))}
             if not slow:
                 return ranks
@@ -226,7 +246,7 @@ class Decomposition:
         least = math.inf
         share = low
         for _ in range(TRIALS):
-            ranks = self._spread(targets, ladders, whole, "macs", share)
+            ranks = self._spread(targets, ladders, whole, "macs", partial(float, share))
             trial = surgery.snapshot(self.before)
             self._apply(trial, targets, ranks)
             error = self._error_of(trial)

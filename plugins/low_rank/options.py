@@ -20,7 +20,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Rank = Annotated[int, Field(ge=1)]
 
 BUDGETS = ("macs", "parameters", "bytes")
-TARGETS = ("rank", "layer_macs", "energy", *BUDGETS, "output_error")
+TARGETS = ("rank", "layer_macs", "decomposed_macs", "energy", *BUDGETS, "output_error")
 DEFAULT_LAYER_MACS = 0.5
 
 
@@ -35,6 +35,7 @@ class LowRank(Pass):
     idempotent: ClassVar[bool] = False
     strength: ClassVar[Mapping[str, float]] = {
         "layer_macs": 1.0,
+        "decomposed_macs": 1.0,
         "energy": 1.0,
         "macs": 1.0,
         "parameters": 1.0,
@@ -52,6 +53,13 @@ class LowRank(Pass):
         Field(description="the rank of every layer, or vbmf: what stands out of the noise of its weight"),
     ] = None
     layer_macs: Annotated[Share | None, Field(description="share of each layer's MACs that remains")] = None
+    decomposed_macs: Annotated[
+        Share | None,
+        Field(
+            description="share of the MACs of all layers that can be decomposed that remains, spread over them so that"
+            " outputs lose least"
+        ),
+    ] = None
     energy: Annotated[
         Annotated[float, Field(gt=0, le=1)] | None, Field(description="share of the squared signal that is kept")
     ] = None
