@@ -299,6 +299,18 @@ def codecs(as_json: bool) -> None:
 
 
 @cli.command()
+@as_json
+def quantizers(as_json: bool) -> None:
+    """Installed quantisers to train weights through."""
+    from .registry import Registry
+    from .report import Table
+
+    rows = tuple((name, cls.summary()) for name, cls in Registry.load().weight_quantizers.items())
+    keys = ("quantizer", "summary")
+    print_result([dict(zip(keys, row, strict=True)) for row in rows], [Table("Quantizers", keys, rows)], as_json)
+
+
+@cli.command()
 def schema() -> None:
     """JSON Schema of recipes, for editors."""
     from .recipe import schema as recipe_schema

@@ -46,13 +46,13 @@ class Registry:
 
     @classmethod
     def load(cls, extra: Iterable[object] = ()) -> Registry:
-        """Every installed plugin, and `extra` ones.
+        """Every installed plugin, and those of `extra` that are not installed.
 
         Raises:
             PluginError: a plugin does not import, misspells a hook, or offers a name another plugin has.
         """
         modules = [_import(point) for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value))]
-        return cls([*modules, *extra])
+        return cls([*modules, *(plugin for plugin in extra if plugin not in modules)])
 
     @property
     def passes(self) -> dict[str, type[Pass]]:

@@ -78,6 +78,7 @@ def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table
         rows = [("tried", "", text, "") for text in step["attempts"]]
         rows += [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
         rows += [("skip", s["layer"], s["why"], "") for s in step["skips"]]
+        rows += [("note", "", text, "") for text in step["notes"]]
         result.append(
             Table(
                 f"{number}. {step['name']}: {_outcome(step)}{len(step['edits'])} edited, {len(step['skips'])} skipped",
@@ -100,7 +101,7 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
     for number, (step, times) in enumerate(zip(summary["steps"], timings["steps"], strict=True), 1):
         weights = step["measurement"]
         speed = f"{times['result']['ratio']:.2f}× the original's speed" if times else ""
-        counts = (weights["parameters"], weights["macs"], step["onnx_bytes"])
+        counts = (_parameters(weights), weights["macs"], step["onnx_bytes"])
         rows.append(
             (
                 f"{number}. {step['name']}",
@@ -131,8 +132,8 @@ def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[
     if step["outcome"] == "kept" and not step["edits"]:
         yield "nothing changed, see its skips" if step["skips"] else "nothing to do"
     now = step["measurement"]
-    counts = (("parameters", "parameters"), ("MACs", "macs"))
-    smaller = [what for what, key in counts if 0 < now[key] < 0.99 * before[key]]
+    counts = (("parameters", _parameters(before), _parameters(now)), ("MACs", before["macs"], now["macs"]))
+    smaller = [what for what, old, new in counts if old and 0 < new < 0.99 * old]
     if smaller and times and times["step"]["quartiles"][0] <= 1:
         yield f"fewer {' and '.join(smaller)}, NOT faster"
 
@@ -143,7 +144,7 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
     if fidelity.get("accuracy_reference") is not None:
         a, b = fidelity["accuracy_reference"], fidelity["accuracy_candidate"]
         rows.append(("accuracy", f"{a:.2%}", f"{b:.2%}", f"{(b - a) * 100:+.2f} points"))
-    if after["parameters"]:  # integers are none
+    if _parameters(after):
         rows.append(_row("parameters", before["parameters"], after["parameters"]))
     rows.append(_row("bytes of weights", before["stored_bytes"], after["stored_bytes"]))
     rows.append(_row("MACs", before["macs"], after["macs"]))
@@ -166,7 +167,14 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
     return Table(f"{summary['recipe']['name']}: before and after", ("", "before", "after", "change"), tuple(rows))
 
 
+def _parameters(weights: Mapping[str, Any]) -> int:
+    """0 where most of what is stored is none, but integers and indices, so that the number says nothing."""
+    return int(weights["parameters"]) if 2 * weights["parameter_bytes"] > weights["stored_bytes"] else 0
+
+
 def _speed(ratio: float, low: float, high: float) -> str:
+    if low <= 1 <= high:
+        return f"{ratio:.2f}×, no clear difference (quartiles {low:.2f}–{high:.2f})"
     word = "faster" if ratio >= 1 else "SLOWER"
     return f"{ratio if ratio >= 1 else 1 / ratio:.2f}× {word} (quartiles {low:.2f}–{high:.2f})"
 

@@ -152,6 +152,12 @@ def test_criteria_are_listed_with_what_they_need(surgery):
     assert (needs["l2"], needs["reconstruction"], needs["taylor"]) == ("", "calibration data", "labelled data")
 
 
+def test_quantisers_are_listed(surgery):
+    code, out, _ = surgery("quantizers", "--json")
+    assert code == 0
+    assert {"xnor", "fixed_point"} <= {row["quantizer"] for row in json.loads(out)}
+
+
 def test_inspect_names_layers_and_what_passes_would_do_in_tables(surgery):
     code, out, _ = surgery("inspect", *NET, "--pass", "fold_batchnorm")
     assert code == 0

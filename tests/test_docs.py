@@ -114,6 +114,18 @@ def test_the_criterion_of_the_docs_chooses_by_bias(monkeypatch):
     assert operation.model.get_submodule("0").bias.tolist() == [3.0, -2.0]
 
 
+def test_the_quantiser_of_the_docs_leaves_three_values_between_the_ends(monkeypatch):
+    [code] = code_blocks("docs/finetuning.md", "python")
+    registry = Registry.load([docs_plugin(monkeypatch, code)])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    recipe = {"name": "d", "passes": [{"finetune": {"quantizer": "ternary", "epochs": 2}}]}
+    batches = list(torch.randn(32, 4).split(8))
+    trained = surgery.operate(model, batches[0], recipe, data=batches, registry=registry, latency_rounds=0).model
+    counts = [len(trained.get_submodule(name).weight.unique()) for name in ("0", "2", "3")]
+    assert counts == [32, 3, 24]
+
+
 def test_the_channel_rule_of_the_docs_lets_channels_through(monkeypatch):
     plugin = docs_plugin(monkeypatch, code_blocks("docs/pruning.md", "python")[1])
 

@@ -143,11 +143,30 @@ def test_data_that_does_not_do_is_refused_with_a_remedy():
         ([X[:, :2]], None, r"input input is torch.float32 \(8, 2\)"),
         ([X * float("nan")], None, "NaN"),
         (Data(training=[(X, torch.zeros(3))]), None, "no cross-entropy"),
+        (Data(training=[(X, torch.full((8,), 3))]), None, "label 3, the model's output has the classes 0 to 2"),
+        (Data(training=[(X, torch.full((8,), -1))]), None, "label -1"),
+        (Data(training=[(X, torch.zeros(7).long())]), None, "7 labels for 8 samples"),
+        (Data(training=[(X, None)], loss=lambda output, target: 1 / 0), "labels", "the loss fails: ZeroDivisionError"),
         (Data(training=[(X, None)], loss=lambda output, target: output), "labels", "the loss gives Tensor"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             finetuned(model, data, loss=loss)
         assert caught.value.fix
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_batch_that_does_not_do_is_named_by_its_place_in_the_data(place):
+    batches = [X] * 8
+    batches[place] = X[:, :2]
+    with pytest.raises(InputError) as caught:
+        finetuned(linear(), batches)
+    assert caught.value.at == f"calibration batch {place}"
+
+
+def test_a_loss_that_rises_is_noted():
+    data = Data(training=[(X, torch.zeros(8, 3))], loss=half_square)
+    _, report = finetuned(linear(), data, learning_rate=50.0, optimizer="sgd", loss="labels")
+    assert "it rose, learning_rate 50 is too high" in report.notes[0]
 
 
 def test_a_loss_that_is_not_finite_names_the_epoch_and_leaves_the_model(monkeypatch):

@@ -317,6 +317,23 @@ def test_the_report_has_every_step_and_says_where_numbers_fell_and_time_did_not(
     assert [row[-1] for row in shown.rows] == ["undone", "fewer MACs, NOT faster"]
 
 
+def test_parameters_are_left_out_where_integers_or_indices_are_stored_instead(net, inputs):
+    operation = operate(net, inputs, "damp", budget=SPARE)
+    summary, times = report.summary(operation), report.timings(operation)
+    whole = summary["after"]["parameter_bytes"]
+    for stored, shown in ((whole, True), (3 * whole, False)):
+        summary["after"]["stored_bytes"] = summary["steps"][0]["measurement"]["stored_bytes"] = stored
+        tables = report.tables(summary, times)
+        assert ("parameters" in [row[0] for row in tables[0].rows]) is shown
+        assert (tables[2].rows[0][1] != "–") is shown
+
+
+def test_notes_of_a_pass_stand_in_the_report(net, inputs):
+    summary = report.summary(operation := operate(net, inputs, "damp", budget=SPARE))
+    summary["steps"][0]["notes"] = ["a word"]
+    assert ("note", "", "a word", "") in report.tables(summary, report.timings(operation))[3].rows
+
+
 def test_a_budget_that_cannot_be_measured_is_refused_before_the_first_pass(net, inputs):
     with pytest.raises(RecipeError, match=r"the unmodified model breaks .* was not measured \(no labels\)"):
         operate(net, inputs, "explode", budget={"accuracy_drop": 0.01})

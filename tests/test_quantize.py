@@ -11,6 +11,7 @@ from torch import nn
 import surgery
 from surgery import Context, Data, InputError, PluginError, RecipeError, Registry, Target, hookimpl
 from surgery.recipe import build_pass
+from surgery.testing import randomise
 
 REGISTRY = Registry.load()
 
@@ -164,6 +165,22 @@ def test_weights_that_are_not_finite_are_left_alone_with_the_reason():
     _, report = Quantize()(captured, Context(captured, Data.of([x]), registry=REGISTRY))
     assert [(s.layer, s.why) for s in report.skips] == [("bad", "its weight holds NaN or infinity")]
     assert [e.layer for e in report.edits] == ["good"]
+
+
+def test_a_batchnorm_that_stays_float_is_among_the_skips():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.second(self.conv(self.first(self.conv(x)).relu()))
+
+    x = torch.rand(2, 4, 5, 5)
+    captured = surgery.capture(randomise(Twice()), x)
+    _, report = Quantize()(captured, Context(captured, Data.of([x]), registry=REGISTRY))
+    assert [s.layer for s in report.skips] == ["first", "second"]
+    assert all("stays float, as it cannot be folded" in s.why for s in report.skips)
 
 
 def test_a_channel_without_weights_keeps_its_bias():

@@ -32,6 +32,12 @@ def test_two_plugins_with_one_pass_name_are_refused_naming_both():
         Registry([first, second])
 
 
+def test_a_plugin_that_is_installed_may_be_given_again():
+    from surgery_plugins import fold_batchnorm
+
+    assert Registry.load([fold_batchnorm]).passes == Registry.load().passes
+
+
 def test_a_misspelt_hook_is_refused_with_the_right_name():
     with pytest.raises(PluginError, match=r"surgery_pases(.|\n)*surgery_passes"):
         Registry([plugin(make_pass(), name="surgery_pases")])

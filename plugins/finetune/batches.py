@@ -49,19 +49,23 @@ class Batches:
             raise InputError(f"the {self.role} data has no batches", fix=FIX)
         return found
 
-    def epoch(self) -> Iterator[tuple[Inputs, Any]]:
-        """Inputs, and the target or None. Draws from torch's generator.
+    def epoch(self) -> Iterator[tuple[Inputs, Any, str]]:
+        """Inputs, the target or None, and the name of the batch. Draws from torch's generator.
 
         Raises:
             InputError: a batch does not fit the model, holds NaN, or is no pair.
         """
-        order: Iterable[Any] = self.items
-        if isinstance(self.items, Sequence):
-            order = map(self.items.__getitem__, torch.randperm(len(self.items)).tolist())
-        for number, item in enumerate(order):
+        for number, item in self._in_order():
             place = f"{self.role} batch {number}"
             inputs, target = self._pair(item, place)
-            yield self._fitting(inputs, place), target
+            yield self._fitting(inputs, place), target, place
+
+    def _in_order(self) -> Iterable[tuple[int, Any]]:
+        """Batches, each with its place in the data."""
+        items = self.items
+        if isinstance(items, Sequence):
+            return ((place, items[place]) for place in torch.randperm(len(items)).tolist())
+        return enumerate(items)
 
     def _pair(self, item: Any, place: str) -> tuple[Any, Any]:
         if not self.labelled:

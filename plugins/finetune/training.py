@@ -71,6 +71,8 @@ class Finetuning:
         edited = {edit.layer for edit in made}
         skips += [Skip(part.name, "training left it as it was") for part in chosen if part.name not in edited]
         note = f"loss {losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in the last of {len(losses)}"
+        if losses[-1] > losses[0]:
+            note += f": it rose, learning_rate {self.step.learning_rate:g} is too high"
         return PassReport(tuple(made), tuple(skips), (note,))
 
     def _trained(
@@ -102,8 +104,9 @@ class Finetuning:
         for epoch in range(step.epochs):
             self.context.progress("training", epoch, step.epochs)
             total, seen = 0.0, 0
-            for inputs, target in self.batches.epoch():
-                loss = self._loss(model, teacher, inputs.to(accelerate.device), _moved(target, accelerate.device))
+            for inputs, target, place in self.batches.epoch():
+                target = _moved(target, accelerate.device)
+                loss = self._loss(model, teacher, inputs.to(accelerate.device), target, place)
                 if not loss.requires_grad:
                     return []
                 optimiser.zero_grad()
@@ -116,7 +119,9 @@ class Finetuning:
             losses.append(total / seen)
         return losses
 
-    def _loss(self, model: nn.Module, teacher: nn.Module | None, inputs: surgery.Inputs, target: Any) -> Tensor:
+    def _loss(
+        self, model: nn.Module, teacher: nn.Module | None, inputs: surgery.Inputs, target: Any, place: str
+    ) -> Tensor:
         try:
             outputs = model(*inputs.args, **inputs.kwargs)
         except ValueError as error:
@@ -127,7 +132,7 @@ class Finetuning:
                 at=f"pass {self.step.name()}",
                 fix="leave the last, smaller batch out, or set freeze_batchnorm: true",
             ) from error
-        terms = [of_labels(self.context, outputs, target)] if self.by_labels else []
+        terms = [of_labels(self.context, outputs, target, place)] if self.by_labels else []
         if teacher is not None:
             with torch.no_grad():
                 wanted = teacher(*inputs.args, **inputs.kwargs)

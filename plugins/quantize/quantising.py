@@ -166,6 +166,7 @@ class Quantisation:
         norms = [layer.name for layer in layers if layer.type.startswith("BatchNorm")]
         excluded = tuple(name for name in norms if name in left) if not self.step.select else ()
         report = self.context.find_pass("fold_batchnorm")(exclude=excluded).apply(self.model, self.context)
+        self.skips += [Skip(skip.layer, f"stays float, as it cannot be folded: {skip.why}") for skip in report.skips]
         return (f"{len(report.edits)} BatchNorm folded first",) if report.edits else ()
 
     def _observe(self, placement: Placement) -> dict[fx.Node, Scheme]:
