@@ -22,6 +22,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+GROWN = 1.01
+"""Times the bytes before; less is names and constants."""
+
+
 def summary(operation: Operation) -> dict[str, Any]:
     """Everything but times: the same for every run of the same recipe, model and data on one machine."""
     import onnx
@@ -97,7 +101,7 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
     """The model after each step."""
     columns = ("after", "parameters", "MACs", "ONNX bytes", "latency", "fidelity", "")
     rows = []
-    before = summary["before"]
+    before, size = summary["before"], summary["bytes"].get("original.onnx", 0)
     for number, (step, times) in enumerate(zip(summary["steps"], timings["steps"], strict=True), 1):
         weights = step["measurement"]
         speed = f"{times['result']['ratio']:.2f}× the original's speed" if times else ""
@@ -108,10 +112,10 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
                 *(f"{count:,}" if count else "–" for count in counts),
                 speed,
                 _fidelity_in_short(step["verification"]["fidelity"]),
-                "; ".join(_remarks(step, before, times)),
+                "; ".join(_remarks(step, before, size, times)),
             )
         )
-        before = weights
+        before, size = weights, step["onnx_bytes"]
     return Table("After each step", columns, tuple(rows))
 
 
@@ -123,8 +127,8 @@ def _fidelity_in_short(fidelity: Mapping[str, Any]) -> str:
     return f"SQNR {_show(fidelity['sqnr_db'])} dB"
 
 
-def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader must not miss. A step is faster if it won three rounds of four."""
+def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], size: int, times: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader must not miss. A step is faster if it won three rounds of four; `size`: of the file before it."""
     if step["outcome"] != "kept":
         yield step["outcome"]
     if step["outcome"] == "kept" and step["verification"]["shortfalls"]:
@@ -136,6 +140,8 @@ def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], times: Mapping[
     smaller = [what for what, old, new in counts if old and 0 < new < 0.99 * old]
     if smaller and times and times["step"]["quartiles"][0] <= 1:
         yield f"fewer {' and '.join(smaller)}, NOT faster"
+    if step["edits"] and size and step["onnx_bytes"] > GROWN * size:
+        yield "the ONNX file GREW"
 
 
 def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
