@@ -443,12 +443,12 @@ for at in {points}:
 
 
 def test_a_run_killed_anywhere_and_resumed_is_the_same_bytes(tmp_path):
-    points = [2, 7, 15, 26, 38]
+    points = [2, 10, 22, 38]
     code = KILLS.format(tests=str(Path(__file__).parent), out=str(tmp_path), points=points)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
-    assert sum("killed" in line for line in lines) >= 4, result.stdout + result.stderr
+    assert sum("killed" in line for line in lines) >= 3, result.stdout + result.stderr
     assert all(line.endswith(" 0") for line in lines), result.stdout + result.stderr
     expected = files(tmp_path / "undisturbed")
     for folder in sorted(tmp_path.glob("killed-*")):
