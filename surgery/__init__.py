@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .calibration import Step as Step
     from .calibration import Task as Task
     from .calibration import affine_maps as affine_maps
+    from .calibration import checked_inputs as checked_inputs
     from .calibration import conjugate_gradients as conjugate_gradients
     from .calibration import error_feedback as error_feedback
     from .calibration import gram_bytes as gram_bytes
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .hooks import hookimpl as hookimpl
     from .inputs import Inputs as Inputs
     from .loading import load as load
+    from .losses import loss_of as loss_of
     from .measurement import measure as measure
     from .names import set_module as set_module
     from .onnx_latency import onnx_latency as onnx_latency
@@ -100,6 +102,7 @@ _HOME = {
         "Step",
         "Task",
         "affine_maps",
+        "checked_inputs",
         "conjugate_gradients",
         "error_feedback",
         "gram_bytes",
@@ -144,6 +147,7 @@ _HOME = {
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),
     "loading": ("load",),
+    "losses": ("loss_of",),
     "measurement": ("measure",),
     "names": ("set_module",),
     "onnx_latency": ("onnx_latency",),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import surgery
 from surgery import CapturedModel, Context, InputError, Inputs
 
 FIX = "give surgery.Data(training=…), batches of (inputs, target), or calibration=…, batches of inputs"
@@ -58,7 +59,7 @@ class Batches:
         for number, item in self._in_order():
             place = f"{self.role} batch {number}"
             inputs, target = self._pair(item, place)
-            yield self._fitting(inputs, place), target, place
+            yield surgery.checked_inputs(self.model, inputs, place), target, place
 
     def _in_order(self) -> Iterable[tuple[int, Any]]:
         """Batches, each with its place in the data."""
@@ -73,22 +74,3 @@ class Batches:
         if not (isinstance(item, tuple | list) and len(item) == 2):
             raise InputError(f"the batch is {type(item).__name__}, no pair", at=place, fix=FIX)
         return item[0], item[1]
-
-    def _fitting(self, value: Any, place: str) -> Inputs:
-        """`value` as inputs with the example's types and, but for the batch, its sizes."""
-        try:
-            inputs = Inputs.of(self.model, value)
-        except InputError as error:
-            raise InputError(error.problem, at=place, fix=error.fix) from error
-        inputs.check_finite(place)
-        given = inputs.named_tensors
-        for name, like in self.model.inputs.named_tensors.items():
-            tensor = given.get(name)
-            if tensor is None or tensor.dtype != like.dtype or tensor.shape[1:] != like.shape[1:]:
-                described = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise InputError(
-                    f"input {name} is {described}",
-                    at=place,
-                    fix=f"the model was captured with {like.dtype} {tuple(like.shape)}; the batch is dimension 0",
-                )
-        return inputs

@@ -20,7 +20,7 @@ from surgery import CapturedModel, Context, InputError, PassError, PassReport, S
 
 from .accelerating import accelerator
 from .batches import FIX, Batches
-from .losses import distillation, of_labels
+from .losses import distillation
 from .parts import Part, edits, named_tensors, parts, put, trainable
 from .quantising import Quantisers
 
@@ -132,7 +132,7 @@ class Finetuning:
                 at=f"pass {self.step.name()}",
                 fix="leave the last, smaller batch out, or set freeze_batchnorm: true",
             ) from error
-        terms = [of_labels(self.context, outputs, target, place)] if self.by_labels else []
+        terms = [surgery.loss_of(self.context.data, outputs, target, place)] if self.by_labels else []
         if teacher is not None:
             with torch.no_grad():
                 wanted = teacher(*inputs.args, **inputs.kwargs)

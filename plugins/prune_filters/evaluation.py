@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
+import surgery
 from surgery import CapturedModel, Channels, Context, Group, InputError
 
 from .watching import Samples, per_unit, places_by_node, runnable, tapped, training
-
-
-def loss_of(context: Context, output: Any, target: Any) -> Tensor:
-    """The scalar loss of one batch.
-
-    Raises:
-        InputError: cross-entropy is not defined for this output and target, or the user's loss is no scalar.
-    """
-    if context.data.loss is not None:
-        value = context.data.loss(output, target)
-    else:
-        value = _cross_entropy(next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None), target)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise InputError(
-            f"the loss gives {type(value).__name__} {tuple(getattr(value, 'shape', ()))}", fix="return a scalar tensor"
-        )
-    return value.reshape(())
-
-
-def _cross_entropy(logits: Tensor | None, target: Any) -> Tensor:
-    try:
-        return F.cross_entropy(logits, target)  # type: ignore[arg-type]
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (logits, target)]
-        raise InputError(
-            f"no cross-entropy of an output {shapes[0]} with a target {shapes[1]}: {error}",
-            fix="give surgery.Data(loss=…), or training data with class numbers (samples,)",
-        ) from error
 
 
 def taylor(found: Channels, context: Context) -> list[Tensor]:
@@ -73,7 +43,7 @@ def _products(context: Context, model: CapturedModel, values: dict[str, Tensor],
     inputs, target = batch
     values.clear()
     with torch.enable_grad():
-        loss = loss_of(context, model(*inputs.args, **inputs.kwargs), target)
+        loss = surgery.loss_of(context.data, model(*inputs.args, **inputs.kwargs), target)
     if values and not loss.requires_grad:
         raise InputError(
             "the loss has no gradient", fix="compute it from the output with differentiable operators, without detach()"
@@ -107,7 +77,7 @@ def mean_loss(
     for inputs, target in batches:
         with torch.no_grad():
             output = functional_call(model, dict(tensors), inputs.args, inputs.kwargs)
-            total += float(loss_of(context, output, target)) * inputs.batch_size
+            total += float(surgery.loss_of(context.data, output, target)) * inputs.batch_size
         seen += inputs.batch_size
     return total / seen
 

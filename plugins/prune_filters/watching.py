@@ -55,30 +55,10 @@ def _checked(
     number = -1
     for number, (batch, target) in enumerate(pairs):
         context.progress("importance", number, total)
-        inputs = _fitting(found.model, batch, f"{role} batch {number}")
+        inputs = surgery.checked_inputs(found.model, batch, f"{role} batch {number}")
         yield inputs.to(context.device), tree_map_only(Tensor, lambda t: t.to(context.device), target)
     if number < 0:
         raise InputError(f"the {role} data has no batches", fix="give at least one batch, in a list or a DataLoader")
-
-
-def _fitting(model: CapturedModel, batch: Any, place: str) -> Inputs:
-    """`batch` as inputs that have the example's types and, but for the batch, its sizes."""
-    try:
-        inputs = Inputs.of(model, batch)
-    except InputError as error:
-        raise InputError(error.problem, at=place, fix=error.fix) from error
-    inputs.check_finite(place)
-    given = inputs.named_tensors
-    for name, like in model.inputs.named_tensors.items():
-        tensor = given.get(name)
-        if tensor is None or tensor.dtype != like.dtype or tensor.shape[1:] != like.shape[1:]:
-            described = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise InputError(
-                f"input {name} is {described}",
-                at=place,
-                fix=f"the model was captured with {like.dtype} {tuple(like.shape)}; the batch is dimension 0",
-            )
-    return inputs
 
 
 def runnable(found: Channels, context: Context) -> CapturedModel:

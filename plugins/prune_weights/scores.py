@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_map_only
 import surgery
 from surgery import Affine, CapturedModel, Context, InputError, Inputs, Layer
 
-from ..prune_filters.evaluation import loss_of
-
 Scores = dict[str, Tensor]
 
 
@@ -63,7 +61,7 @@ def of_loss(model: CapturedModel, layers: Sequence[Layer], context: Context) -> 
     squares, count = {key: torch.zeros_like(value) for key, value in values.items()}, 0
     model.recompile()
     for inputs, target in _samples(model, context):
-        loss = loss_of(context, functional_call(model, values, inputs.args, inputs.kwargs), target)
+        loss = surgery.loss_of(context.data, functional_call(model, values, inputs.args, inputs.kwargs), target)
         gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
         for key, gradient in zip(values, gradients, strict=True):
             if gradient is not None:
@@ -107,11 +105,7 @@ def _samples(model: CapturedModel, context: Context) -> Iterator[tuple[Inputs, A
 def _single(model: CapturedModel, batch: Any, place: str, device: str) -> Iterator[tuple[Inputs, Any]]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise InputError(f"it is {type(batch).__name__}", at=place, fix="give pairs (inputs, target)")
-    try:
-        inputs = Inputs.of(model, batch[0])
-    except InputError as error:
-        raise InputError(error.problem, at=place, fix=error.fix) from error
-    inputs.check_finite(place)
+    inputs = surgery.checked_inputs(model, batch[0], place)
     size = inputs.batch_size
     whole = ((inputs.args, inputs.kwargs), batch[1])
     for i in range(size) if model.dynamic_batch else [None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .affine import Affine, affine_maps
+from .batches import checked_inputs
 from .collect import Statistics, Want, gram_bytes
 from .compare import Aim
 from .feedback import error_feedback
@@ -26,6 +27,7 @@ __all__ = [
     "Task",
     "Want",
     "affine_maps",
+    "checked_inputs",
     "conjugate_gradients",
     "error_feedback",
     "gram_bytes",

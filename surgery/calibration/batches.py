@@ -20,7 +20,7 @@ def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int |
     """
     seen = 0
     for number, batch in enumerate(batches):
-        inputs = _checked(model, batch, f"calibration batch {number}")
+        inputs = checked_inputs(model, batch, f"calibration batch {number}")
         if samples is not None and model.dynamic_batch and inputs.batch_size > samples - seen:
             inputs = inputs.with_batch(samples - seen)
         seen += inputs.batch_size
@@ -34,10 +34,15 @@ def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int |
         )
 
 
-_FIX = "a calibration batch holds the arguments of the example inputs, no others and no labels"
+_FIX = "a batch holds the arguments of the example inputs and no others; calibration data has no labels"
 
 
-def _checked(model: CapturedModel, batch: Any, place: str) -> Inputs:
+def checked_inputs(model: CapturedModel, batch: Any, place: str) -> Inputs:
+    """`batch` as inputs of `model`. Errors name it by `place`.
+
+    Raises:
+        InputError: it does not fit the example the model was captured with, is empty, or holds NaN or infinity.
+    """
     try:
         inputs = _as_captured(model, Inputs.of(model, batch))
     except InputError as error:
