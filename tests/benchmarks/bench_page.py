@@ -50,7 +50,7 @@ def _section(rows: Sequence[Row], path: Path) -> Iterator[str]:
     yield f"`make bench`, {calibration:,} images without labels calibrate, weights `resnet{depth}_{weights}`.\n"
     yield from _table(COLUMNS, [_cells(row, whole) for row in _by_accuracy(rows)])
     if whole and len(rows) > 1:
-        plot = path.with_name(f"{path.stem}_{depth}_{weights}.png")
+        plot = path.with_name(f"{path.stem}_{depth}_{weights}_{calibration}.png")
         _plot([row for row in rows if "failure" not in row], whole, plot, f"ResNet-{depth}, {kind}")
         yield f"\n![accuracy against MACs, bytes and latency]({plot.name})"
     yield ""
