@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .losses import loss_of as loss_of
     from .measurement import measure as measure
     from .names import set_module as set_module
+    from .names import tensors as tensors
     from .onnx_latency import onnx_latency as onnx_latency
     from .packing.codec import Codec as Codec
     from .packing.reading import Pack as Pack
@@ -149,7 +150,7 @@ _HOME = {
     "loading": ("load",),
     "losses": ("loss_of",),
     "measurement": ("measure",),
-    "names": ("set_module",),
+    "names": ("set_module", "tensors"),
     "onnx_latency": ("onnx_latency",),
     "packing.codec": ("Codec",),
     "packing.reading": ("Pack",),

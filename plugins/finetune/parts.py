@@ -39,7 +39,7 @@ class Part:
 
 def parts(model: CapturedModel) -> list[Part]:
     """Every layer in order of execution, then operands."""
-    named = named_tensors(model)
+    named = surgery.tensors(model)
     found, owned = [], set[int]()
     for layer in surgery.layers(model):
         own = {id(t) for t in chain(layer.module.parameters(), layer.module.buffers())}
@@ -52,15 +52,9 @@ def parts(model: CapturedModel) -> list[Part]:
     return found
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those with several names under each."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 def trainable(model: CapturedModel, chosen: Iterable[Part], others: Iterable[Part]) -> list[str]:
     """Names of the parameters of `chosen` that can be trained; what belongs to one of `others` as well stays."""
-    named = named_tensors(model)
+    named = surgery.tensors(model)
     kept = {id(named[name]) for part in others for name in part.names}
     return [
         name
@@ -74,9 +68,9 @@ def put(model: CapturedModel, values: Mapping[str, Tensor]) -> set[str]:
     names stay one."""
     replaced: dict[int, Tensor] = {}
     changed = set()
-    for name, old in named_tensors(model).items():
+    for name, old in surgery.tensors(model).items():
         new = values.get(name)
-        if id(old) not in replaced and (new is None or _equal(old, new := new.detach().to(old.device))):
+        if id(old) not in replaced and (new is None or torch.equal(old, new := new.detach().to(old.device))):
             continue
         if id(old) not in replaced:
             assert new is not None
@@ -107,7 +101,3 @@ def _distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
     moved = sum(float((a - b).square().sum()) for b, a in pairs)
     whole = sum(float(b.square().sum()) for b, _ in pairs)
     return (moved / whole) ** 0.5 if whole else float(moved > 0)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b))

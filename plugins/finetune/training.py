@@ -21,7 +21,7 @@ from surgery import CapturedModel, Context, InputError, PassError, PassReport, S
 from .accelerating import accelerator
 from .batches import FIX, Batches
 from .losses import distillation
-from .parts import Part, edits, named_tensors, parts, put, trainable
+from .parts import Part, edits, parts, put, trainable
 from .quantising import Quantisers
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Finetuning:
             losses = self._losses(twin, quantisers, accelerate) if names else []
             if not losses:
                 return None
-            return quantisers.final(named_tensors(twin)), losses, quantisers
+            return quantisers.final(surgery.tensors(twin)), losses, quantisers
 
     def _losses(self, twin: CapturedModel, quantisers: Quantisers, accelerate: Accelerator) -> list[float]:
         """Train `twin`. The mean loss of every epoch; none where the loss depends on no parameter."""

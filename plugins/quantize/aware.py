@@ -49,7 +49,7 @@ def trained(
     has its activations rounded already; what else it has gets its trained values."""
     twin, rounded = rounding_twin(model, layers, fitted)
     report = context.find_pass("finetune")(**(step.training or {})).apply(twin, context)
-    values = _tensors(twin)
+    values = surgery.tensors(twin)
     found = {}
     for layer in layers:
         own = rounded[layer.name]
@@ -93,7 +93,7 @@ def _round_layer(twin: CapturedModel, layer: Layer, fitted: Fitted) -> Rounded:
     weight = nn.Parameter(_within(module.weight.detach(), fitted.integers, scheme), learns)
     scale = scheme.scale.float()
     surgery.replace_weight(twin, layer, function, {"weight": weight, "weight_scale": scale})
-    names = {id(tensor): name for name, tensor in _tensors(twin).items()}
+    names = {id(tensor): name for name, tensor in surgery.tensors(twin).items()}
     if bias is not None:
         _round_bias(twin.graph, names[id(bias)], names[id(scale)])
     return Rounded(names[id(weight)], None if bias is None else names[id(bias)], scheme)
@@ -148,13 +148,8 @@ def _fitted(before: Tensor, weight: Tensor, scheme: Scheme, bias: Tensor | None)
     return Fitted(integers.double(), scheme, bias, float(error))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 def _take(model: CapturedModel, values: Mapping[str, Tensor], taken: Collection[str]) -> None:
     """Give `model` what it has under the same names as `values`, but for those `taken` already."""
-    for name in _tensors(model).keys() & values.keys() - set(taken):
+    for name in surgery.tensors(model).keys() & values.keys() - set(taken):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, values[name])
