@@ -14,12 +14,19 @@ import click
 
 from . import __version__
 from .errors import BudgetError, SurgeryError
-from .terminal import print_result, progress_bars, range_in_words
+from .terminal import print_result, progress_shown, range_in_words
 
 if TYPE_CHECKING:
     from .pipeline import Operation
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+data_option = click.option(
+    "--data",
+    "data_name",
+    metavar="NAME",
+    help="digits, cifar10:PATH, imagefolder:PATH, or module:function that gives batches or surgery.Data.",
+)
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,12 +68,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe")
 @model_options
-@click.option(
-    "--data",
-    "data_name",
-    metavar="NAME",
-    help="digits, cifar10:PATH, imagefolder:PATH, or module:function that gives batches or surgery.Data.",
-)
+@data_option
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder for model, report and finished steps."
 )
@@ -99,7 +101,7 @@ def run(
     overrides = overrides_from(changes)
     model, inputs = _model(model_name, weights, shapes)
     data = _data(data_name, inputs)
-    with progress_bars(quiet=as_json) as progress:
+    with progress_shown(quiet=as_json) as progress:
         operation = operate(
             model,
             inputs,
@@ -117,17 +119,24 @@ def run(
 @cli.command()
 @model_options
 @click.option("--pass", "pass_names", multiple=True, help="Only these passes.")
+@data_option
 @as_json
 def inspect(
-    model_name: str, weights: Path | None, shapes: Sequence[str], pass_names: Sequence[str], as_json: bool
+    model_name: str,
+    weights: Path | None,
+    shapes: Sequence[str],
+    pass_names: Sequence[str],
+    data_name: str | None,
+    as_json: bool,
 ) -> None:
-    """Layers of a model with parameters and MACs, and what each pass would touch or skip."""
+    """Layers of a model with parameters and MACs, and what each pass would touch or skip; with data, also those passes
+    that need some."""
     from .inspection import inspect as look
     from .registry import Registry
 
     model, inputs = _model(model_name, weights, shapes)
-    with progress_bars(quiet=as_json) as progress:
-        findings = look(model, inputs, Registry.load(), pass_names, progress)
+    with progress_shown(quiet=as_json) as progress:
+        findings = look(model, inputs, Registry.load(), pass_names, progress, _data(data_name, inputs))
     print_result(findings.to_dict(), findings.tables(), as_json)
 
 
@@ -332,7 +341,7 @@ def demo(out: Path, as_json: bool) -> None:
     """Train a small CNN on scikit-learn's digits, operate on it, prove it, and show the result."""
     from .demo import run_demo
 
-    with progress_bars(quiet=as_json) as progress:
+    with progress_shown(quiet=as_json) as progress:
         operation = run_demo(out, progress)
     _show_operation(operation, as_json)
 

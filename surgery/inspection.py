@@ -13,6 +13,7 @@ from .captured import capture
 from .channels import Frozen, Group, find_channels
 from .channels.groups import Role
 from .context import Context, Progress
+from .data import Data
 from .errors import SurgeryError
 from .graph import Layer, layers, shape, sharing
 from .measurement import Measurement, measure
@@ -119,9 +120,15 @@ def _channel_dim(layer: Layer) -> int:
 
 
 def inspect(
-    model: nn.Module, example_inputs: Any, registry: Registry, names: Sequence[str], progress: Progress
+    model: nn.Module,
+    example_inputs: Any,
+    registry: Registry,
+    names: Sequence[str],
+    progress: Progress,
+    data: Any = None,
 ) -> Findings:
-    """Capture `model`, list its layers, and try every pass (or those in `names`) with its default options.
+    """Capture `model`, list its layers, and try every pass (or those in `names`) with its default options, on `data`,
+    an iterable of batches or `surgery.Data`, where it needs some.
 
     Raises:
         RecipeError: a name that is no pass.
@@ -146,7 +153,8 @@ def inspect(
     for index, (name, cls) in enumerate(classes.items()):
         progress(name, index, len(classes))
         try:
-            tried[name] = cls()(captured, Context(captured, registry=registry))[1]
+            context = Context(captured, Data.of(data), progress=progress, registry=registry)
+            tried[name] = cls()(captured, context)[1]
         except (SurgeryError, TypeError) as error:
             tried[name] = str(error)
     return Findings(total, tuple(infos), groups, found.frozen, captured.notes, tried)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .context import silent
+
 if TYPE_CHECKING:
     from .context import Progress
     from .report import Table
+
+SECONDS_A_LINE = 10
 
 
 def print_result(value: Any, tables: Sequence[Table], as_json: bool) -> None:
@@ -41,12 +46,16 @@ def range_in_words(option: dict[str, Any]) -> str:
 
 
 @contextmanager
-def progress_bars(quiet: bool) -> Iterator[Progress]:
-    """A bar per kind of work on stderr, where that is a terminal."""
+def progress_shown(quiet: bool) -> Iterator[Progress]:
+    """On stderr: a bar per kind of work where that is a terminal, else lines."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield silent if quiet else _lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -54,7 +63,7 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -63,3 +72,19 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
             bar.update(tasks[what], completed=done, total=max(total, 1))
 
         yield progress
+
+
+def _lines() -> Progress:
+    """For log files: a line when other work begins, and one every `SECONDS_A_LINE`."""
+    start = time.monotonic()
+    last: tuple[str, float] = "", start
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if what != last[0] or now - last[1] >= SECONDS_A_LINE:
+            last = what, now
+            count = f" {done}/{total}" if total > 1 else ""
+            click.echo(f"{now - start:7.1f} s  {what}{count}", err=True)
+
+    return progress

@@ -145,6 +145,23 @@ def test_inspect_lists_groups_of_channels_and_what_has_to_stay(surgery):
     assert "Channels that have to stay" in out
 
 
+def test_inspect_with_data_tells_what_passes_would_do_that_need_some(surgery):
+    _, out, _ = surgery("inspect", *NET, "--pass", "quantize", "--json")
+    assert "calibration data" in json.loads(out)["passes"]["quantize"]
+    code, out, err = surgery("inspect", *NET, "--pass", "quantize", "--data", "cli_models:data", "--json")
+    assert code == 0, err
+    assert {edit["layer"] for edit in json.loads(out)["passes"]["quantize"]["edits"]} >= {"first", "second", "head"}
+
+
+def test_progress_is_in_lines_where_stderr_is_no_terminal(surgery):
+    _, _, err = surgery("run", "fold_only", *NET, "--out", "run")
+    lines = [line.split(" s  ") for line in err.splitlines()]
+    assert [what for _, what in lines if "/" in what] == ["capture 0/2", "fold_batchnorm 1/2"]
+    assert all(float(seconds) >= 0 for seconds, _ in lines)
+    _, _, err = surgery("run", "fold_only", *NET, "--out", "other", "--json")
+    assert err == ""
+
+
 def test_criteria_are_listed_with_what_they_need(surgery):
     code, out, _ = surgery("criteria", "--json")
     needs = {row["criterion"]: row["needs"] for row in json.loads(out)}

@@ -162,6 +162,23 @@ def test_shared_and_codebook_weights_stay_small(tmp_path: Path) -> None:
     assert codebook.stat().st_size < 1.2 * 64 * 128  # one byte per weight
 
 
+def test_a_table_made_of_numbers_is_stored_and_what_is_looked_up_in_it_is_not(tmp_path: Path) -> None:
+    class Nibbles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("bytes", torch.randint(0, 256, (8 * 64,), dtype=torch.uint8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.div(torch.arange(256, dtype=torch.int32), 16, rounding_mode="floor") % 16
+            return nn.functional.linear(x, table.float()[self.bytes.int()].view(8, 64))
+
+    model, x = Nibbles(), torch.randn(3, 64)
+    file = export_onnx(model, x, tmp_path / "model.onnx")
+    assert not {n.op_type for n in onnx.load(file).graph.node} & {"Range", "Div", "Floor", "Mod"}
+    assert file.stat().st_size < 8 * 64 + 256 * 4 + 1500
+    assert torch.allclose(runtime_session(file)(x)[0], model(x), atol=1e-3)
+
+
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.shape[0] == 1 else x.view(2, -1)

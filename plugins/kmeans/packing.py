@@ -4,8 +4,8 @@
 
 The part of width w holds w bits of every index: the first of them lowest in the index. Its byte j has those of the
 indices j, j + B, j + 2B …, lowest first, B = ⌈n·w/8⌉ being its number of bytes: so that unpacking is 8/w lookups of the
-whole part, one after the other, in what those bits of any byte are. (Shifts of uint8 do not come through torch's ONNX
-exporter, and ONNX Runtime divides no uint8.)
+whole part, one after the other, in a table of what those bits of any byte are. (Shifts of uint8 do not come through
+torch's ONNX exporter, and ONNX Runtime divides no uint8.)
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def _unpacked(part: Tensor, width: int, low: int) -> Tensor:
     """What the bytes `part` (B,) hold, in the place that it has in an index: (8/w · B,) uint8."""
     if width == 8:
         return part
-    places, byte = part.to(torch.int32), torch.arange(256, dtype=torch.int32, device=part.device)
-    rows = []
-    for place in range(8 // width):
-        bits = torch.div(byte, 2 ** (width * place), rounding_mode="floor") % 2**width * 2**low
-        rows.append(torch.index_select(bits.to(torch.uint8), 0, places))
-    return torch.cat(rows)
+    byte = torch.arange(256, dtype=torch.int32, device=part.device)
+    rows = [torch.div(byte, 2 ** (width * place), rounding_mode="floor") for place in range(8 // width)]
+    table = (torch.stack(rows) % 2**width * 2**low).to(torch.uint8)
+    return torch.index_select(table, 1, part.to(torch.int32)).reshape(-1)

@@ -3,6 +3,7 @@
     Mul(weight, Cast(Not(Equal(weight, 0))))      no larger than what it is made from: computed now
     Gather(codebook, Cast(indices))               four times as large: stays, and the runtime computes it once
     DequantizeLinear(bias, Mul(scale, s))         stays: runtimes make integer kernels of it
+    Gather(Mod(Range(0, 256, 1), 16), indices)    the table, made of numbers alone: computed now
 
 What is decided is the whole way from stored tensors to a result that something else reads, not each step of it.
 """
@@ -13,8 +14,10 @@ from collections.abc import Iterator
 from math import prod
 
 import onnx_ir as ir
+from onnxscript.optimizer import FOLDED_FROM_KEY
 
 MAY_ADD_BYTES = 2**10
+TABLE_MAY_ADD_BYTES = 2**13
 VECTOR_MAY_ADD_BYTES = 2**16
 """Vectors may grow, since biases are made by expanding a zero, and fusing them needs their values."""
 _NOT_CONSTANT = frozenset({"RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "If", "Loop", "Scan"})
@@ -22,7 +25,28 @@ _NOT_CONSTANT = frozenset({"RandomNormal", "RandomUniform", "Bernoulli", "Multin
 
 def may_fold(node: ir.Node) -> bool:
     """Whether every result that `node` helps to compute from constants takes no more room than what it is made from."""
-    return node.op_type != "DequantizeLinear" and all(_fits(result) for result in _results(node))
+    if node.op_type == "DequantizeLinear":
+        return False
+    return _is_small_table(node) or all(_fits(result) for result in _results(node))
+
+
+def _is_small_table(node: ir.Node) -> bool:
+    """Whether `node` gives a few bytes, made of numbers alone. Those of scales stay: what computes these is less."""
+    if not all(0 < _bytes(value) <= TABLE_MAY_ADD_BYTES and _may_add(value) for value in node.outputs):
+        return False
+    seen, todo = {node}, [node]
+    while todo:
+        for value in filter(None, todo.pop().inputs):
+            producer = value.producer()
+            if producer is None or producer.op_type == "Constant":
+                if value.const_value is None or not (value.const_value.size <= 1 or FOLDED_FROM_KEY in value.meta):
+                    return False
+            elif producer.op_type in _NOT_CONSTANT:
+                return False
+            elif producer not in seen:
+                seen.add(producer)
+                todo.append(producer)
+    return True
 
 
 def _results(node: ir.Node) -> Iterator[ir.Node]:

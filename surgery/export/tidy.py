@@ -7,16 +7,22 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from .folding import may_fold
 from .narrow import narrow
 from .tensor_names import fresh
 
+ROUNDS = 2
+RULES = rewriter.RewriteRuleSet([r for r in rewriter._DEFAULT_REWRITE_RULES if r is not slice_split_rule])
+"""Not the one that makes a Split of two Slices: it compares every node with all others, which takes minutes where
+weights are computed by thousands of nodes."""
+
 
 def tidy(model: ir.Model, names: list[str]) -> None:
     """Folds constants, merges equal weights, packs integers, gives inputs and outputs `names`, drops stack traces."""
-    optimizer.optimize_ir(model, should_fold=may_fold)
+    _simplify(model)
     _make_contiguous(model.graph)
     common.DeduplicateHashedInitializersPass()(model)
     for name, weight in list(model.graph.initializers.items()):
@@ -29,6 +35,27 @@ def tidy(model: ir.Model, names: list[str]) -> None:
         value.metadata_props.clear()
         value.doc_string = None
     model.graph.metadata_props.clear()
+
+
+def _simplify(model: ir.Model) -> None:
+    """What `onnxscript.optimizer.optimize` does, by `may_fold` and `RULES`."""
+    optimizer.inline(model)
+    optimizer.remove_unused_functions(model)
+    for _ in range(ROUNDS):
+        folded = optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=may_fold).modified
+        common.RemoveUnusedNodesPass()(model)
+        if not (RULES.apply_to_model(model) or folded):
+            break
+        common.RemoveUnusedNodesPass()(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def forget_inner_shapes(graph: ir.Graph) -> None:
