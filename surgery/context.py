@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .data import Data
-from .errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -63,16 +62,9 @@ class Context:
         """
         from .calibration import Calibration
 
-        self.require_calibration("this pass")
+        self.data.require_calibration("this pass")
         assert self.data.calibration is not None
         return Calibration(self.data.calibration, original=self.original, device=self.device, progress=self.progress)
-
-    def require_calibration(self, who: str) -> None:
-        if not self.has_calibration:
-            raise InputError(
-                f"{who} needs calibration data and there is none",
-                fix="give data= in Python or --data module:function on the command line; labels are not needed",
-            )
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """`function` called by the executor, or at once where there is none. It may run in another process: give a
@@ -90,7 +82,7 @@ class Context:
         """Which channels of `model` live or die together, by the rules of every plugin. See `find_channels`."""
         from .channels import find_channels
 
-        return find_channels(model, self._plugins.channel_rules, heads=heads)
+        return find_channels(model, self.plugins.channel_rules, heads=heads)
 
     def criterion(self, name: str) -> Criterion:
         """The criterion of this name.
@@ -99,15 +91,9 @@ class Context:
             RecipeError: there is none of that name.
             InputError: it needs calibration or training data and there is none.
         """
-        criterion = self._plugins.find_criterion(name)()
-        if criterion.needs_calibration:
-            self.require_calibration(f"criterion {name}")
-        if criterion.needs_training and self.data.training is None:
-            raise InputError(
-                f"criterion {name} needs training data with labels and there is none",
-                fix="give surgery.Data(training=…), batches of (inputs, target); or choose another criterion",
-            )
-        return criterion
+        criterion = self.plugins.find_criterion(name)
+        criterion.check_data(self.data)
+        return criterion()
 
     def find_pass(self, name: str) -> type[Pass]:
         """The pass of this name, for a pass that builds on another: `find_pass(name)().apply(model, context)`.
@@ -115,7 +101,7 @@ class Context:
         Raises:
             RecipeError: there is none of that name.
         """
-        return self._plugins.find_pass(name)
+        return self.plugins.find_pass(name)
 
     def target(self, name: str) -> Target:
         """What the runtime of this name computes in integers.
@@ -123,7 +109,7 @@ class Context:
         Raises:
             RecipeError: there is none of that name.
         """
-        return self._plugins.find_target(name)
+        return self.plugins.find_target(name)
 
     def weight_quantizer(self, name: str) -> type[WeightQuantizer]:
         """The quantiser of weights of this name, to be made for each layer.
@@ -131,10 +117,11 @@ class Context:
         Raises:
             RecipeError: there is none of that name.
         """
-        return self._plugins.find_weight_quantizer(name)
+        return self.plugins.find_weight_quantizer(name)
 
     @cached_property
-    def _plugins(self) -> Registry:
+    def plugins(self) -> Registry:
+        """`registry`, or what is installed."""
         from .registry import Registry
 
         return self.registry or Registry.load()

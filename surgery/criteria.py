@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+from .errors import InputError
 from .named import Named
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from .channels import Channels
     from .context import Context
+    from .data import Data
 
 
 class Criterion(Named, ABC):
@@ -25,6 +27,17 @@ class Criterion(Named, ABC):
     comparable: ClassVar[bool] = False
     """Scores of different groups measure the same thing, such as a rise of the loss; else only the order within a
     group has a meaning, and scores are divided by their mean over the group before groups are compared."""
+
+    @classmethod
+    def check_data(cls, data: Data) -> None:
+        """Raises InputError where `data` lacks what the criterion needs."""
+        if cls.needs_calibration:
+            data.require_calibration(f"criterion {cls.name()}")
+        if cls.needs_training and data.training is None:
+            raise InputError(
+                f"criterion {cls.name()} needs training data with labels and there is none",
+                fix="give surgery.Data(training=…), batches of (inputs, target); or choose another criterion",
+            )
 
     @abstractmethod
     def scores(self, found: Channels, context: Context) -> list[Tensor]:

@@ -36,6 +36,14 @@ class Data:
         roles = {role: _repeatable(getattr(data, role), role) for role in ("calibration", "evaluation", "training")}
         return cls(**roles, loss=data.loss, metric=data.metric)
 
+    def require_calibration(self, who: str) -> None:
+        """Raises InputError, in the name of `who`, where there is no calibration data."""
+        if self.calibration is None:
+            raise InputError(
+                f"{who} needs calibration data and there is none",
+                fix="give data= in Python or --data module:function on the command line; labels are not needed",
+            )
+
 
 def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:
     if batches is None:

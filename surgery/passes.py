@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .captured import CapturedModel
     from .context import Context
+    from .data import Data
     from .graph import Layer
     from .registry import Registry
 
@@ -120,6 +121,11 @@ class Pass(Named, ABC):
     def check(self, registry: Registry) -> None:
         """Raises RecipeError where an option names something that no plugin offers. Called before any pass runs."""
 
+    def check_data(self, data: Data, registry: Registry) -> None:
+        """Raises InputError where `data` lacks what the options need. Called before any pass runs."""
+        if self.needs_calibration:
+            data.require_calibration(f"pass {self.name()}")
+
     @abstractmethod
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         """Edit `model` in place and report every edit and skip, each with its reason.
@@ -187,8 +193,7 @@ class Pass(Named, ABC):
         from . import contract
 
         try:
-            if self.needs_calibration:
-                context.require_calibration(self.name())
+            self.check_data(context.data, context.plugins)
             edited = contract.snapshot(model)
             watched = contract.versions(model)
             report = contract.check_report(self, self.apply(edited, context))

@@ -108,10 +108,12 @@ def operate(
     """
     plugins = registry or Registry.load()
     plan = resolve(recipe, plugins, overrides)
-    inputs = Inputs.of(model, example_inputs)
+    inputs, given = Inputs.of(model, example_inputs), Data.of(data)
+    for step in plan.steps:
+        step.check_data(given, plugins)
     with _folder(out) as folder:
         run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
-        surgeon = _Run(run, plan, Data.of(data), plugins, device, latency_rounds, progress, executor)
+        surgeon = _Run(run, plan, given, plugins, device, latency_rounds, progress, executor)
         operation = surgeon.operate(model, inputs)
         operation = replace(operation, folder=Path(out) if out is not None else None)
         _write_report(run, operation)

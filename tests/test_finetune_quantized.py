@@ -135,6 +135,22 @@ def test_a_plugin_adds_a_quantizer_that_draws_noise_at_every_forward():
     assert not same(bytes_of(runs[0]), bytes_of(runs[2]))
 
 
+def test_a_quantizer_that_no_gradient_passes_is_told():
+    class Steps(WeightQuantizer):
+        """Whole numbers, for which torch has no gradient."""
+
+        def value(self, weight, noise=None):
+            return weight.round()
+
+    registry, model = Registry.load([plugin(Steps)]), tied_model()
+    step = registry.find_pass("finetune")(quantizer="steps")
+    _, report = step(model, Context(model, LABELLED, registry=registry))
+    assert "no gradient reached head.weight" in report.notes
+    assert not any("head.bias" in note for note in report.notes)
+    _, report = finetuned(model, LABELLED, quantizer="fixed_point")
+    assert not any("gradient" in note for note in report.notes)
+
+
 def test_a_quantizer_that_nobody_offers_is_refused_with_those_there_are():
     from surgery.recipe import resolve
 

@@ -229,6 +229,29 @@ def test_a_wrong_step_five_is_found_before_anything_runs(net, inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"quantize": {}}, "pass quantize needs calibration data"),
+        ({"prune_filters": {"criterion": "taylor"}}, "criterion taylor needs training data"),
+        ({"hashed": {"metric": "output"}}, "pass hashed needs calibration data"),
+        ({"finetune": {"loss": "labels"}}, "pass finetune with loss: labels needs labels"),
+    ],
+)
+def test_data_that_the_last_step_needs_is_missed_before_anything_runs(net, inputs, tmp_path, last, message):
+    begun = []
+    with pytest.raises(InputError, match=message):
+        surgery.operate(
+            net,
+            inputs,
+            {"name": "late", "passes": ["fold_batchnorm", last]},
+            out=tmp_path / "run",
+            progress=lambda what, done, total: begun.append(what),
+        )
+    assert not begun
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name(net, inputs):
     with pytest.raises(RecipeError, match="did you mean stem"):
         operate(net, inputs, {"damp": {"exclude": ["sten"]}})

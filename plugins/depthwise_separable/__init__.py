@@ -21,7 +21,7 @@ from surgery import Edit, Pass, PassReport, RecipeError, Skip, hookimpl
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery import CapturedModel, Context, Layer, Regression, Statistics
+    from surgery import CapturedModel, Context, Data, Layer, Registry, Regression, Statistics
 
 
 _MULTIPLIER = (
@@ -58,9 +58,11 @@ class DepthwiseSeparable(Pass):
             problem = "sequential: true fits the outputs, which calibrate: false forbids"
             raise RecipeError(problem, at=f"pass {self.name()}", fix="drop one of the two")
 
-    def apply(self, model: CapturedModel, context: Context) -> PassReport:
+    def check_data(self, data: Data, registry: Registry) -> None:
         if self.calibrate or self.sequential:
-            context.require_calibration(self.name())
+            data.require_calibration(f"pass {self.name()}")
+
+    def apply(self, model: CapturedModel, context: Context) -> PassReport:
         layers = surgery.layers(model)
         convolutions = [layer for layer in layers if layer.type.startswith("Conv")]
         chosen, skips = [], []

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery import Pass, PassReport, hookimpl
+from surgery import InputError, Pass, PassReport, hookimpl
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context, Registry
+    from surgery import CapturedModel, Context, Data, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,14 @@ class Finetune(Pass):
     def check(self, registry: Registry) -> None:
         if self.quantizer is not None:
             registry.find_weight_quantizer(self.quantizer)
+
+    def check_data(self, data: Data, registry: Registry) -> None:
+        from .batches import FIX
+
+        if data.training is None and self.loss in ("labels", "both"):
+            raise InputError(f"pass {self.name()} with loss: {self.loss} needs labels and there are none", fix=FIX)
+        if data.training is None and data.calibration is None:
+            raise InputError(f"pass {self.name()} has no data to train on", fix=FIX)
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .training import Finetuning

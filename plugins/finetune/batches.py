@@ -24,16 +24,9 @@ class Batches:
 
     @classmethod
     def of(cls, model: CapturedModel, context: Context) -> Batches:
-        """Training data, else calibration data.
-
-        Raises:
-            InputError: there is neither.
-        """
-        for role in ("training", "calibration"):
-            items = getattr(context.data, role)
-            if items is not None:
-                return cls(model, items, role)
-        raise InputError("there is no data to train on", fix=FIX)
+        """Training data, else calibration data; there is one of them."""
+        role = "calibration" if context.data.training is None else "training"
+        return cls(model, getattr(context.data, role), role)
 
     @property
     def labelled(self) -> bool:

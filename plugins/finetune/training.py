@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import surgery
-from surgery import CapturedModel, Context, InputError, PassError, PassReport, Skip
+from surgery import CapturedModel, Context, PassError, PassReport, Skip
 
 from .accelerating import accelerator
-from .batches import FIX, Batches
+from .batches import Batches
 from .losses import distillation
 from .parts import Part, edits, parts, put, trainable
 from .quantising import Quantisers
@@ -33,14 +34,23 @@ LONGEST = 5.0
 """Of the gradient of all parameters together; a longer one is shortened to this."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives: values of all tensors by name, the mean loss of every epoch, names of parameters that no
+    gradient reached, and what the weights were seen through."""
+
+    values: dict[str, Tensor]
+    losses: list[float]
+    idle: list[str]
+    quantisers: Quantisers
+
+
 class Finetuning:
     """One application of the pass."""
 
     def __init__(self, step: Finetune, model: CapturedModel, context: Context) -> None:
         self.step, self.model, self.context = step, model, context
         self.batches = Batches.of(model, context)
-        if step.loss in ("labels", "both") and not self.batches.labelled:
-            raise InputError(f"loss: {step.loss} needs labels and there are none", fix=FIX)
         self.by_labels = self.batches.labelled and step.loss != "distillation"
         self.by_teacher = step.loss in ("distillation", "both", None)
 
@@ -54,31 +64,29 @@ class Finetuning:
         trained = self._trained(chosen, others)
         if trained is None:
             return PassReport(skips=(*frozen, *(Skip(part.name, "no gradient reaches it") for part in chosen)))
-        values, losses, quantisers = trained
-        changed = put(self.model, values)
-        return self._report(before, chosen, changed, losses, quantisers, frozen)
+        changed = put(self.model, trained.values)
+        return self._report(before, chosen, changed, trained, frozen)
 
     def _report(
         self,
         before: dict[str, list[Tensor]],
         chosen: Iterable[Part],
         changed: set[str],
-        losses: list[float],
-        quantisers: Quantisers,
+        trained: Trained,
         skips: list[Skip],
     ) -> PassReport:
-        made = list(edits(before, parts(self.model), changed, quantisers.ways))
+        losses = trained.losses
+        made = list(edits(before, parts(self.model), changed, trained.quantisers.ways))
         edited = {edit.layer for edit in made}
         skips += [Skip(part.name, "training left it as it was") for part in chosen if part.name not in edited]
         note = f"loss {losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in the last of {len(losses)}"
         if losses[-1] > losses[0]:
             note += f": it rose, learning_rate {self.step.learning_rate:g} is too high"
-        return PassReport(tuple(made), tuple(skips), (note,))
+        idle = [f"no gradient reached {name}" for name in trained.idle]
+        return PassReport(tuple(made), tuple(skips), (note, *idle))
 
-    def _trained(
-        self, chosen: list[Part], others: list[Part]
-    ) -> tuple[dict[str, Tensor], list[float], Quantisers] | None:
-        """Values of all tensors by name, and the mean loss of every epoch; None where nothing can be trained."""
+    def _trained(self, chosen: list[Part], others: list[Part]) -> Trained | None:
+        """None where nothing can be trained."""
         with torch.enable_grad(), accelerator(self.context.device) as accelerate, _seeded(self.context):
             work = copy.deepcopy(self.model)
             names = set(trainable(work, chosen, others))
@@ -87,37 +95,40 @@ class Finetuning:
             quantisers = Quantisers.of(self.step, work, chosen, self.context)
             twin = surgery.hoisted(work)
             _set_mode(twin, {part.name.partition("@")[0] for part in others}, self.step.freeze_batchnorm)
-            losses = self._losses(twin, quantisers, accelerate) if names else []
-            if not losses:
-                return None
-            return quantisers.final(surgery.tensors(twin)), losses, quantisers
+            losses, idle = self._losses(twin, quantisers, accelerate) if names else ([], [])
+            return Trained(quantisers.final(surgery.tensors(twin)), losses, idle, quantisers) if losses else None
 
-    def _losses(self, twin: CapturedModel, quantisers: Quantisers, accelerate: Accelerator) -> list[float]:
-        """Train `twin`. The mean loss of every epoch; none where the loss depends on no parameter."""
+    def _losses(
+        self, twin: CapturedModel, quantisers: Quantisers, accelerate: Accelerator
+    ) -> tuple[list[float], list[str]]:
+        """Train `twin`. The mean loss of every epoch, none where the loss depends on no parameter; and the names of
+        parameters that it does not depend on."""
         step, steps = self.step, self.step.epochs * self.batches.count()
         named = {name: p for name, p in twin.named_parameters() if p.requires_grad}
         model: nn.Module = accelerate.prepare(twin)
         optimiser = accelerate.prepare(self._optimiser(named.values()))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser.optimizer, steps)
         teacher = self._teacher(accelerate)
-        losses = []
+        losses, idle, done = [], list(named), 0
         for epoch in range(step.epochs):
-            self.context.progress("training", epoch, step.epochs)
             total, seen = 0.0, 0
             for inputs, target, place in self.batches.epoch():
+                self.context.progress("training", done, steps)
                 target = _moved(target, accelerate.device)
                 loss = self._loss(model, teacher, inputs.to(accelerate.device), target, place)
                 if not loss.requires_grad:
-                    return []
+                    return [], []
                 optimiser.zero_grad()
                 accelerate.backward(loss)
+                idle = [name for name in idle if not _has_gradient(named[name])]
                 accelerate.clip_grad_norm_(named.values(), LONGEST)
                 optimiser.step()
                 schedule.step()
                 quantisers.update(named)
+                done += 1
                 total, seen = total + self._finite(loss, epoch) * inputs.batch_size, seen + inputs.batch_size
             losses.append(total / seen)
-        return losses
+        return losses, idle
 
     def _loss(
         self, model: nn.Module, teacher: nn.Module | None, inputs: surgery.Inputs, target: Any, place: str
@@ -162,6 +173,10 @@ class Finetuning:
         original = self.context.original
         here = accelerate.device.type == "cpu"
         return (surgery.snapshot(original) if here else copy.deepcopy(original).to(accelerate.device)).eval()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _is_frozen(part: Part) -> bool:

@@ -14,7 +14,7 @@ from pydantic import Field
 from surgery import Pass, PassReport, hookimpl
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context
+    from surgery import CapturedModel, Context, Data, Registry
 
 MIN_WEIGHTS = 1024
 
@@ -50,6 +50,10 @@ class Hashed(Pass):
     @property
     def partial(self) -> bool:
         return super().partial or self.min_weights > MIN_WEIGHTS
+
+    def check_data(self, data: Data, registry: Registry) -> None:
+        if self.metric == "output":
+            data.require_calibration(f"pass {self.name()}")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .application import Application

@@ -83,8 +83,6 @@ class Application:
     def __init__(self, options: Hashed, model: CapturedModel, context: Context) -> None:
         self.options, self.model, self.context = options, model, context
         self.place = f"pass {options.name()}"
-        if options.metric == "output":
-            context.require_calibration(self.place)
         self.in_outputs = context.has_calibration and options.metric != "weight"
         self.before = surgery.snapshot(model)
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from surgery import Pass, PassReport, RecipeError, hookimpl
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context
+    from surgery import CapturedModel, Context, Data, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,10 @@ class Kmeans(Pass):
         """Weights that share a codebook, of a layer with `count` of them, `features` per output channel."""
         own = {"layer": count, "channels": (self.size or 1) * features, "block": self.size or 4096}[self.per]
         return min(own, count)
+
+    def check_data(self, data: Data, registry: Registry) -> None:
+        if self.metric == "output":
+            data.require_calibration(f"pass {self.name()}")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .clustering import Clustering

@@ -47,8 +47,6 @@ class Clustering:
 
     def __init__(self, options: Kmeans, model: CapturedModel, context: Context) -> None:
         self.options, self.model, self.context = options, model, context
-        if options.metric == "output":
-            context.require_calibration(f"pass {options.name()}")
         self.in_outputs = context.has_calibration and options.metric != "weight"
         self.generator = context.generator()
 

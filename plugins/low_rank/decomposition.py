@@ -102,8 +102,6 @@ class Decomposition:
         self.method: Method = options.method
         self.place = f"pass {options.name()}"
         self.chooser = Chooser(options, self.method, self.place)
-        if options.metric == "output" or options.sequential or options.output_error is not None:
-            context.require_calibration(self.place)
         self.in_outputs = context.has_calibration and options.metric != "weight"
         self.sequential = self.in_outputs if options.sequential is None else options.sequential
         self.before = surgery.snapshot(model)

@@ -12,7 +12,7 @@ from pydantic import Field
 from surgery import Pass, PassReport, RecipeError
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context
+    from surgery import CapturedModel, Context, Data, Registry
 
     from .method import Method
 
@@ -107,6 +107,10 @@ class LowRank(Pass):
     def budget(self) -> tuple[str, float] | None:
         """The budget on the whole model's cost and its share, or None."""
         return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
+
+    def check_data(self, data: Data, registry: Registry) -> None:
+        if self.metric == "output" or self.sequential or self.output_error is not None:
+            data.require_calibration(f"pass {self.name()}")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .decomposition import Decomposition

@@ -21,7 +21,7 @@ from surgery import Criterion, Edit, Pass, PassReport, RecipeError, Skip, hookim
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery import CapturedModel, Channels, Context, Registry
+    from surgery import CapturedModel, Channels, Context, Data, Registry
 
     Kept = dict[str, dict[int, Tensor]]
 
@@ -88,13 +88,17 @@ class PruneFilters(Pass):
         if self.criterion is not None:
             registry.find_criterion(self.criterion)
 
+    def check_data(self, data: Data, registry: Registry) -> None:
+        if self.criterion is not None:
+            registry.find_criterion(self.criterion).check_data(data)
+        if self.reconstruct:
+            data.require_calibration(f"pass {self.name()} with reconstruct")
+
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .choosing import Choice, Start
 
         criterion = context.criterion(self.criterion or ("reconstruction" if context.has_calibration else "l2"))
         repairs = context.has_calibration if self.reconstruct is None else self.reconstruct
-        if repairs:
-            context.require_calibration(f"{self.name()} with reconstruct")
         reference = surgery.snapshot(model) if repairs else model
         keep: Kept = {}
         repaired: tuple[Edit, ...] = ()

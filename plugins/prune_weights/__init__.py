@@ -18,7 +18,7 @@ from pydantic import Field
 from surgery import Pass, PassReport, RecipeError, hookimpl
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context
+    from surgery import CapturedModel, Context, Data, Registry
 
 DEFAULT_SPARSITY = 0.5
 Size = Annotated[int, Field(ge=1)]
@@ -106,6 +106,13 @@ class PruneWeights(Pass):
     def share(self) -> float:
         """Of the weights that are zero then, where neither sensitivity nor pattern say it."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def check_data(self, data: Data, registry: Registry) -> None:
+        what = f"pass {self.name()} with "
+        if self.reconstruct or self.criterion == "obs":
+            data.require_calibration(what + ("criterion obs" if self.criterion == "obs" else "reconstruct"))
+        elif self.criterion == "obd" and data.training is None:
+            data.require_calibration(f"{what}criterion obd and no training data")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .pruning import Pruning

@@ -44,7 +44,6 @@ class Pruning:
         return "obs" if self.context.has_calibration and self.options.sensitivity is None else "magnitude"
 
     def run(self) -> PassReport:
-        self._check_data()
         jobs, skips = planned(self.options, self.model)
         if jobs:
             self._open(jobs)
@@ -55,13 +54,6 @@ class Pruning:
             self._replace({job.name: None for job in jobs})
         edits = tuple(self._edit(job) for job in jobs)
         return PassReport(edits, tuple(skips))
-
-    def _check_data(self) -> None:
-        what = f"{self.options.name()} with "
-        if self.reconstructs:
-            self.context.require_calibration(what + ("criterion obs" if self.criterion == "obs" else "reconstruct"))
-        elif self.criterion == "obd" and self.context.data.training is None:
-            self.context.require_calibration(f"{what}criterion obd and no training data")
 
     def _open(self, jobs: Sequence[Job]) -> None:
         names = {job.name for job in jobs}

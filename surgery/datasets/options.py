@@ -29,9 +29,9 @@ class Options:
     batch: Natural = 64
     """Images of a batch."""
     calibration: Natural = 256
-    """Images to calibrate on: a random sample of the training images that does not look at classes."""
+    """Images to calibrate on, at most: a random sample of the training images that does not look at classes."""
     training: Natural | None = None
-    """Images to train on, with labels: a random sample of the training images; None = those to calibrate on."""
+    """Images to train on, with labels, at most: a random sample as well; None = those to calibrate on."""
     limit: Natural | None = None
     """Images to evaluate on, at most: a random sample, in order; None = all."""
     seed: Annotated[int, Field(ge=0)] = 0
