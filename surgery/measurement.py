@@ -7,6 +7,7 @@ One MAC is one multiplication with its addition, 2 FLOPs. Counted are convolutio
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 import time
 import warnings
@@ -108,8 +109,8 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Wall-clock time of every call, interleaved so that a slow spell of the machine hits all alike.
 
-    Each round calls every contestant once, in turn forwards and backwards. A call that leaves work running on a GPU
-    must wait for it itself.
+    Each round calls every contestant once, in an order by chance (always the same): how warm the caches are depends on
+    who was called before. A call that leaves work running on a GPU must wait for it itself.
 
     Raises:
         InputError: there are no contestants, or `rounds` is less than 1.
@@ -122,9 +123,9 @@ def seconds(
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds):
-        names = list(contestants)
-        for name in names if number % 2 == 0 else reversed(names):
+    names, generator = list(contestants), random.Random(0)
+    for _ in range(rounds):
+        for name in generator.sample(names, len(names)):
             start = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - start)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from surgery.captured import capture
 from surgery.errors import InputError
-from surgery.measurement import latency, measure
+from surgery.measurement import latency, measure, seconds
 
 TOKENS, WIDTH = 5, 8
 
@@ -122,10 +125,22 @@ def test_latency_is_relative_to_the_first_contestant_within_each_round() -> None
         return lambda: (calls.append(name), time.sleep(seconds))[1]
 
     times = latency({"slow": contestant("slow", 0.02), "fast": contestant("fast", 0.005)}, rounds=4, warmup=1)
-    assert calls == ["slow", "fast"] + ["slow", "fast", "fast", "slow"] * 2
+    rounds = [calls[i : i + 2] for i in range(2, len(calls), 2)]
+    assert calls[:2] == ["slow", "fast"]
+    assert len(rounds) == 4
+    assert all(sorted(called) == ["fast", "slow"] for called in rounds)
     assert times["slow"].ratio == 1
     assert times["fast"].seconds < times["slow"].seconds
     assert 1 < times["fast"].quartiles[0] <= times["fast"].ratio <= times["fast"].quartiles[1]
+
+
+def test_each_contestant_comes_after_each_as_often() -> None:
+    calls: list[str] = []
+    seconds({name: partial(calls.append, name) for name in "abc"}, rounds=600, warmup=0)
+    after = Counter(pairwise(calls))
+    for pair in product("abc", repeat=2):  # one of nine between two rounds, one of six within a round
+        expected = 599 / 9 + (0 if pair[0] == pair[1] else 1200 / 6)
+        assert abs(after[pair] - expected) < 4 * expected**0.5
 
 
 @pytest.mark.parametrize(("contestants", "rounds"), [({}, 3), ({"a": lambda: None}, 0)])
