@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accuracy import SHARED, load, note
-from bench_page import write_page
+from bench_page import QUICK, write_page
 from models import TOOL, drop_auxiliary_heads, in_a_line, isolated, load_tool
 from torch import Tensor
 
@@ -213,7 +213,7 @@ def arguments() -> argparse.Namespace:
     quick = options.what == "quick"
     options.depth = options.depth or ([20] if quick else [20, 56])
     options.weights = options.weights or (["original"] if quick else ["original", "jpeg"])
-    options.calibration = options.calibration or (256 if quick else 1024)
+    options.calibration = options.calibration or (QUICK if quick else 1024)
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     return options
 
