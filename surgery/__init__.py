@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .contract import snapshot as snapshot
     from .criteria import Criterion as Criterion
     from .data import Data as Data
+    from .data import pair_of as pair_of
     from .datasets import data_from as data_from
     from .errors import BudgetError as BudgetError
     from .errors import CaptureError as CaptureError
@@ -127,7 +128,7 @@ _HOME = {
     "context": ("Context",),
     "contract": ("snapshot",),
     "criteria": ("Criterion",),
-    "data": ("Data",),
+    "data": ("Data", "pair_of"),
     "datasets": ("data_from",),
     "errors": (
         "BudgetError",

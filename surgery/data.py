@@ -45,6 +45,17 @@ class Data:
             )
 
 
+def pair_of(batch: Any, place: str) -> tuple[Any, Any]:
+    """Inputs and target of a batch with labels. `place` names the batch.
+
+    Raises:
+        InputError: it is no pair.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise InputError(f"the batch is {type(batch).__name__}, no pair", at=place, fix="give pairs (inputs, target)")
+    return batch[0], batch[1]
+
+
 def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:
     if batches is None:
         return None

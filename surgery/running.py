@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .captured import CapturedModel
 from .computed import dense
+from .data import pair_of
 from .errors import InputError
 from .export.runtime import OnnxModel
 from .export.tensor_names import named_inputs, named_outputs
@@ -50,13 +51,10 @@ def batches_of(data: Any, labelled: bool) -> Iterator[tuple[Any, Any]]:
     data = [data] if isinstance(data, Tensor | Mapping | Inputs) else data
     if not isinstance(data, Iterable):
         raise InputError(f"data is {type(data).__name__}, not an iterable of batches", fix="give a list of batches")
-    empty = True
-    for batch in data:
-        empty = False
-        if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise InputError(f"a labelled batch is {type(batch).__name__}", fix="give pairs (inputs, target)")
-        yield tuple(batch) if labelled else (batch, None)
-    if empty:
+    number = -1
+    for number, batch in enumerate(data):
+        yield pair_of(batch, f"labelled batch {number}") if labelled else (batch, None)
+    if number < 0:
         raise InputError("there are no batches to compare models on", fix="give at least one")
 
 

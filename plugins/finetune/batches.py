@@ -51,7 +51,7 @@ class Batches:
         """
         for number, item in self._in_order():
             place = f"{self.role} batch {number}"
-            inputs, target = self._pair(item, place)
+            inputs, target = surgery.pair_of(item, place) if self.labelled else (item, None)
             yield surgery.checked_inputs(self.model, inputs, place), target, place
 
     def _in_order(self) -> Iterable[tuple[int, Any]]:
@@ -60,10 +60,3 @@ class Batches:
         if isinstance(items, Sequence):
             return ((place, items[place]) for place in torch.randperm(len(items)).tolist())
         return enumerate(items)
-
-    def _pair(self, item: Any, place: str) -> tuple[Any, Any]:
-        if not self.labelled:
-            return item, None
-        if not (isinstance(item, tuple | list) and len(item) == 2):
-            raise InputError(f"the batch is {type(item).__name__}, no pair", at=place, fix=FIX)
-        return item[0], item[1]

@@ -36,16 +36,8 @@ def training(found: Channels, context: Context) -> Iterator[Samples]:
         InputError: there are none, or one is no pair `(inputs, target)`, does not fit the model or holds NaN.
     """
     batches = context.data.training or ()
-    yield from _checked(found, context, "training", _pairs(batches), batches)
-
-
-def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for number, batch in enumerate(batches):
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise InputError(
-                f"it is {type(batch).__name__}", at=f"training batch {number}", fix="give pairs (inputs, target)"
-            )
-        yield batch[0], batch[1]
+    pairs = (surgery.pair_of(batch, f"training batch {number}") for number, batch in enumerate(batches))
+    yield from _checked(found, context, "training", pairs, batches)
 
 
 def _checked(

@@ -103,11 +103,10 @@ def _samples(model: CapturedModel, context: Context) -> Iterator[tuple[Inputs, A
 
 
 def _single(model: CapturedModel, batch: Any, place: str, device: str) -> Iterator[tuple[Inputs, Any]]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise InputError(f"it is {type(batch).__name__}", at=place, fix="give pairs (inputs, target)")
-    inputs = surgery.checked_inputs(model, batch[0], place)
+    values, target = surgery.pair_of(batch, place)
+    inputs = surgery.checked_inputs(model, values, place)
     size = inputs.batch_size
-    whole = ((inputs.args, inputs.kwargs), batch[1])
+    whole = ((inputs.args, inputs.kwargs), target)
     for i in range(size) if model.dynamic_batch else [None]:
         (args, kwargs), target = tree_map_only(Tensor, partial(_cut, sample=i, size=size, device=device), whole)
         yield Inputs(args, kwargs, inputs.names), target
