@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import surgery
-from surgery import Aim, Calibration, InputError, PluginError, Step, capture
+from surgery import Affine, Aim, Calibration, InputError, Inputs, PluginError, Step, capture
 from surgery.calibration import affine_maps
+from surgery.calibration.moments import Regression, Scatter
 from surgery.calibration.sweep import live_bytes
+from surgery.calibration.unfolding import groups_and_features, output_rows, unfold
+from surgery.graph import leaf_inputs
 from surgery.testing import NETWORKS, networks
 
 MODULE = sys.modules["surgery.calibration.sweep"]
@@ -34,14 +37,39 @@ def assert_equal_tasks(found, expected):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
+def values(model, batch):
+    """Of all nodes by name."""
+    found, inputs = {}, Inputs.of(model, batch)
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node):
+            found[node.name] = super().run_node(node)
+            return found[node.name]
+
+    with torch.no_grad():
+        Recorder(model).run(*leaf_inputs(inputs))
+    return found
+
+
+def regression_of(step, runs):
+    """All rows of all batches at once."""
+    module, joint = step.layer.module, Scatter(True)
+    for own, theirs in runs:
+        target = theirs[step.aim.target] - sum(own[name] for name in step.aim.minus)
+        [rows] = unfold(module, own[step.layer.nodes[0].args[0].name], 2**30)
+        joint.add(torch.cat([rows, output_rows(module, target)], 2))
+    return Regression.of(joint.finish(), groups_and_features(module)[1])
+
+
 @pytest.mark.parametrize("network", SOLVABLE, ids=str)
-def test_a_task_is_what_a_comparison_of_the_two_models_gives(network):
+def test_a_task_is_the_regression_from_the_inputs_of_one_model_to_the_values_of_the_other(network):
     original = network.captured()
     model = operated(original)
     calibration = Calibration(network.calibration(), original=original, chunk_bytes=3000)
     chosen = [affine.layer for affine in affine_maps(model)]
-    steps = [Step(layer, calibration.aim(layer.nodes[0])) for layer in chosen]
-    expected = calibration.compare(model, chosen)
+    steps = [Affine(layer, None, layer.nodes[0]).step() for layer in chosen]
+    runs = [(values(model, batch), values(original, batch)) for batch in network.calibration()]
+    expected = {step.layer.name: regression_of(step, runs) for step in steps}
     tasks = list(calibration.sweep(model, reversed(steps)))
     assert [task.layer.name for task in tasks] == [layer.name for layer in chosen]
     assert len(tasks) >= 3
@@ -61,12 +89,13 @@ def test_the_next_layer_sees_what_the_new_weights_of_the_one_before_give():
     for number, task in enumerate(calibration.sweep(model, steps)):
         seen[task.layer.name] = task.regression
         task.layer.module.weight = nn.Parameter(task.matrix.reshape(task.layer.module.weight.shape) * (2 + number))
-    final = calibration.compare(model, [s.layer for s in steps], {s.layer.name: [s.aim] for s in steps})
+    runs = [(values(model, batch), values(original, batch)) for batch in network.calibration()]
+    final = {step.layer.name: regression_of(step, runs) for step in steps}
     for name, regression in seen.items():
         assert_equal_tasks(regression, final[name])
-    before = calibration.compare(original, surgery.layers(original)[2:3])
-    (name,) = before
-    assert not torch.allclose(before[name].xx, seen[name].xx, rtol=0.1)
+    step = Step(affine_maps(original)[2].layer, steps[2].aim)
+    before = regression_of(step, [(values(original, batch),) * 2 for batch in network.calibration()])
+    assert not torch.allclose(before.xx, seen[step.layer.name].xx, rtol=0.1)
 
 
 class Forked(nn.Module):

@@ -10,7 +10,7 @@ Stride, padding and dilation go to the depthwise convolution; each of the two ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -49,7 +49,7 @@ class DepthwiseSeparable(Pass):
     include_first: Annotated[bool, Field(description="rewrite the network's first convolution too")] = False
     calibrate: Annotated[bool | None, Field(description="fit the outputs on data; null = when there is some")] = None
     sequential: Annotated[
-        bool, Field(description="fit layer by layer, each to the original's outputs on its inputs by then; slower")
+        bool, Field(description="fit layer by layer, each to its outputs before the pass on its inputs by then")
     ] = False
     iterations: Annotated[int, Field(ge=0, description="most rounds of the fit to the outputs")] = 50
 
@@ -109,18 +109,22 @@ class DepthwiseSeparable(Pass):
         return [edit for _, edit in made]
 
     def _rewrite_in_turn(self, model: CapturedModel, chosen: list[Layer], context: Context) -> list[Edit]:
-        """Each layer on the inputs which the layers rewritten before it give, towards the original's outputs."""
-        edits = []
-        for number, layer in enumerate(chosen):
-            context.progress(self.name(), number, len(chosen))
-            if all(context.calibration.aim(node) for node in layer.nodes):
-                near, task = "outputs in the original", context.calibration.compare(model, [layer])[layer.name]
-            else:
-                statistics = context.calibration.collect(model, [layer], ("gram",))[layer.name]
-                near, task = "outputs", _own_outputs(layer, statistics)
-            parts, edit = self._made(layer, near, task)
-            surgery.replace_layer(model, layer, parts)
-            edits.append(edit)
+        """Each layer on the inputs which the layers rewritten before it give, towards its outputs before the pass;
+        first those that are called several times, towards their outputs on the inputs they have."""
+        from torch import nn
+
+        edits = self._rewrite_at_once(model, [layer for layer in chosen if len(layer.nodes) > 1], context)
+        names = _as_modules(model, [layer for layer in chosen if len(layer.nodes) == 1])
+        steps = [surgery.Affine(layer, None, layer.nodes[0]).step() for layer in names]
+        made = {}
+        for number, task in enumerate(context.calibration.sweep(model, steps, surgery.snapshot(model))):
+            context.progress(self.name(), number, len(steps))
+            made[task.layer] = self._made(task.layer, "outputs before the pass", task.regression)
+            parts = made[task.layer][0].values()
+            surgery.set_module(model, str(task.layer.nodes[0].target), nn.Sequential(*parts))
+        for layer, (found, edit) in made.items():
+            surgery.replace_layer(model, layer, found)
+            edits.append(replace(edit, layer=names[layer]))
         return edits
 
     def _made(self, layer: Layer, near: str, task: Regression | None) -> tuple[dict[str, nn.Module], Edit]:
@@ -139,6 +143,17 @@ class DepthwiseSeparable(Pass):
         gains = ", which gains a bias" if layer.module.bias is None and pointwise.bias is not None else ""
         what = f"{', '.join(parts)} with {_kernel(layer)} kernels, fitted to its {near}{gains}"
         return parts, Edit(layer.name, what, {**errors, **_counts(layer, parts)})
+
+
+def _as_modules(model: CapturedModel, wanted: list[Layer]) -> dict[Layer, str]:
+    """The layers `wanted` of the model, those that are functions as modules now; each with the name that it had."""
+    names = {layer.name for layer in wanted}
+    before = [layer for layer in surgery.layers(model) if layer.type.startswith("Conv")]
+    for layer in before:
+        if layer.name in names and layer.functional:
+            surgery.replace_layer(model, layer, {"": layer.module})
+    after = [layer for layer in surgery.layers(model) if layer.type.startswith("Conv")]
+    return {now: old.name for old, now in zip(before, after, strict=True) if old.name in names}
 
 
 def _kernel(layer: Layer) -> str:

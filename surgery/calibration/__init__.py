@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .affine import Affine, affine_maps
+from .aims import Aim
 from .batches import checked_inputs
 from .collect import Statistics, Want, gram_bytes
-from .compare import Aim
 from .feedback import error_feedback
 from .moments import Moments, Regression
 from .ranges import Histogram, Range

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..captured import CapturedModel
 from ..graph import Layer, layers, shape, sharing
-from .compare import Aim
+from .aims import Aim
 from .moments import Regression
 from .sweep import Step, Task
 from .unfolding import weight_from_matrix

@@ -181,18 +181,6 @@ class Gatherer(Watcher):
             collector.add(first, value)
 
 
-class Values(Watcher):
-    """Keeps the watched nodes' values of one run."""
-
-    def of(self, inputs: Inputs) -> dict[str, Tensor]:
-        self._kept: dict[str, Tensor] = {}
-        self.watch(inputs)
-        return self._kept
-
-    def see_call(self, name: str, first: Any, value: Any) -> None:
-        self._kept[name] = value
-
-
 def placed(model: CapturedModel, device: torch.device) -> CapturedModel:
     """`model` itself where it lies on `device`, else a copy there. Its nodes have the same names."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

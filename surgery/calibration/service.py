@@ -1,7 +1,7 @@
 """The calibration service that `Context.calibration` gives to passes.
 
     calibration.collect(model, layers, ("gram",))   moments of each layer's unfolded input, and more, from one run
-    calibration.compare(model, layers)              the same with what each layer's output was in the original
+    calibration.sweep(model, steps)                 layer by layer, with what each should give in a reference
 
 Memory: the covariances held at a time, cached ones included, keep to `gram_bytes`; layers are grouped to fit and the
 data is streamed once per group. Unfolded inputs keep to `chunk_bytes`. Data whose order changes between iterations (a
@@ -11,11 +11,10 @@ shuffling loader) gives the same statistics up to rounding, unless `samples` cut
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
 
 from ..captured import CapturedModel
 from ..context import Progress, silent
@@ -25,9 +24,7 @@ from ..inputs import Inputs
 from ..names import tensors
 from ..tracing import evaluating
 from .batches import checked_batches
-from .collect import Collector, Gatherer, Item, Statistics, Values, Want, gram_bytes, placed
-from .compare import Aim, Comparison, aim_of
-from .moments import Regression
+from .collect import Collector, Gatherer, Item, Statistics, Want, gram_bytes, placed
 from .sweep import Step, Task, live_bytes, sweep
 
 AnyItem = TypeVar("AnyItem", bound=Item)
@@ -90,30 +87,6 @@ class Calibration:
                 known |= found
             yield from ((item, found[_key(item)]) for item in group)
 
-    def compare(
-        self, model: CapturedModel, layers: Iterable[Layer], aims: Mapping[str, Sequence[Aim]] | None = None
-    ) -> dict[str, Regression]:
-        """Original and `model` side by side on the same batches: each layer's input with its target, by name.
-
-        `aims` gives one target per call for layers by name; the others have those of `aim`. All the covariances are
-        held at once and none is cached.
-
-        Raises:
-            InputError: as for `stream`.
-            PluginError: a layer has no aim, or one of another shape than its output.
-        """
-        given = aims or {}
-        jobs = [Comparison(layer, given.get(layer.name) or self._aims(layer)) for layer in layers]
-        here, there = placed(model, self.device), placed(self.original, self.device)
-        own = Values(here, {name for job in jobs for name in job.sources})
-        wanted = Values(there, {aim.target for job in jobs for aim in job.aims})
-        for inputs in self._inputs(model, "comparing with the original"):
-            with evaluating(here), evaluating(there):
-                own_values, wanted_values = own.of(inputs), wanted.of(inputs)
-                for job in jobs:
-                    job.add(own_values, wanted_values, self.chunk_bytes)
-        return {job.layer.name: job.finish() for job in jobs}
-
     def sweep(
         self, model: CapturedModel, steps: Iterable[Step], reference: CapturedModel | None = None
     ) -> Iterator[Task]:
@@ -130,20 +103,6 @@ class Calibration:
         limit = fitting if self.samples is None else min(fitting, self.samples)
         batches = list(checked_batches(model, self.batches, limit))
         yield from sweep(model, there, batches, steps, self.chunk_bytes)
-
-    def aim(self, node: fx.Node) -> Aim | None:
-        """What `node` of an operated model should give to meet the original after it; None where that is not known.
-
-        Found through a node that reads it in both. A value that is only added to a shortcut aims at the original's sum
-        less the operated shortcut, so that it also makes up for the shortcut's error.
-        """
-        return aim_of(self.original, node)
-
-    def _aims(self, layer: Layer) -> list[Aim]:
-        aims = [aim for aim in map(self.aim, layer.nodes) if aim]
-        if len(aims) < len(layer.nodes):
-            raise PluginError(f"the original has no value for the output of {layer.name}", fix="give its Aim")
-        return aims
 
     def _run(self, model: CapturedModel, items: Sequence[Item], want: Sequence[Want]) -> _Known:
         collectors = {_key(item): Collector(item, want, self.chunk_bytes) for item in items}

@@ -27,7 +27,7 @@ from ..graph import Layer, leaf_inputs
 from ..inputs import Inputs
 from ..operands import constants
 from ..tracing import evaluating
-from .compare import Aim, target_of
+from .aims import Aim, target_of
 from .moments import Moments, Regression, Scatter
 from .unfolding import (
     can_unfold,
