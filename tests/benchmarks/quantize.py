@@ -191,7 +191,22 @@ class Row:
 
 
 def zoo(options: argparse.Namespace) -> None:
-    print(*zoo_summary(zoo_rows(options, Row, examined)), sep="\n")
+    rows = zoo_rows(options, Row, examined)
+    print(*zoo_summary(rows), sep="\n")
+    if options.table:
+        options.table.write_text(zoo_table(rows))
+
+
+def zoo_table(rows: Sequence[Row]) -> str:
+    columns = ["model", "parameters", "seconds", "edits", "integer", "float", "deviation", "notes"]
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        deviation = "-" if row.parity is None else f"{row.parity:.1e}"
+        counts = map(str, (row.edits, row.integer, row.float))
+        name, notes = row.name.partition("/")[2], (row.failure or row.reason).replace("|", "/")
+        lines.append([name, f"{row.parameters:,}", f"{row.seconds:.1f}", *counts, deviation, notes])
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", *(f"- {line}" for line in zoo_summary(rows)), ""])
 
 
 def zoo_summary(rows: Sequence[Row]) -> Iterable[str]:
@@ -238,6 +253,7 @@ def arguments() -> argparse.Namespace:
     on_zoo.add_argument("names", nargs="*", help="such as resnet18; all without one")
     on_zoo.add_argument("--limit", type=int, default=150_000_000, help="parameters above which a model is left out")
     on_zoo.add_argument("--rows", type=Path, default=Path("quantize-zoo.jsonl"), help="read first, added to")
+    on_zoo.add_argument("--table", type=Path, help="markdown file to write")
     for kind in (on_speed, on_zoo):
         kind.add_argument("--tool", type=Path, default=TOOL, help="zoo.py, which builds the models")
     return parser.parse_args()
