@@ -36,13 +36,14 @@ def _is_small_table(node: ir.Node) -> bool:
         return False
     seen, todo = {node}, [node]
     while todo:
-        for value in filter(None, todo.pop().inputs):
+        current = todo.pop()
+        if current.op_type in _NOT_CONSTANT:
+            return False
+        for value in filter(None, current.inputs):
             producer = value.producer()
             if producer is None or producer.op_type == "Constant":
                 if value.const_value is None or not (value.const_value.size <= 1 or FOLDED_FROM_KEY in value.meta):
                     return False
-            elif producer.op_type in _NOT_CONSTANT:
-                return False
             elif producer not in seen:
                 seen.add(producer)
                 todo.append(producer)
