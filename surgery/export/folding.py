@@ -34,20 +34,11 @@ def _is_small_table(node: ir.Node) -> bool:
     """Whether `node` gives a few bytes, made of numbers alone. Those of scales stay: what computes these is less."""
     if not all(0 < _bytes(value) <= TABLE_MAY_ADD_BYTES and _may_add(value) for value in node.outputs):
         return False
-    seen, todo = {node}, [node]
-    while todo:
-        current = todo.pop()
-        if current.op_type in _NOT_CONSTANT:
+    inside = {node}
+    for value in _leaves(node, inside):
+        if value.const_value is None or not (value.const_value.size <= 1 or FOLDED_FROM_KEY in value.meta):
             return False
-        for value in filter(None, current.inputs):
-            producer = value.producer()
-            if producer is None or producer.op_type == "Constant":
-                if value.const_value is None or not (value.const_value.size <= 1 or FOLDED_FROM_KEY in value.meta):
-                    return False
-            elif producer not in seen:
-                seen.add(producer)
-                todo.append(producer)
-    return True
+    return not any(n.op_type in _NOT_CONSTANT for n in inside)
 
 
 def _results(node: ir.Node) -> Iterator[ir.Node]:
@@ -65,15 +56,8 @@ def _results(node: ir.Node) -> Iterator[ir.Node]:
 
 def _fits(node: ir.Node) -> bool:
     """Whether the outputs of `node` are about as large as the tensors that only they are computed from, or smaller."""
-    inside, tensors, todo = {node}, set(), [node]
-    while todo:
-        for value in filter(None, todo.pop().inputs):
-            producer = value.producer()
-            if producer is None or producer.op_type == "Constant":
-                tensors.add(value)
-            elif producer not in inside:
-                inside.add(producer)
-                todo.append(producer)
+    inside = {node}
+    tensors = set(_leaves(node, inside))
     own = [value for value in tensors if all(use.node in inside for use in value.uses())]
     before = sum(value.const_value.nbytes for value in own if value.const_value is not None)
     return sum(map(_bytes, node.outputs)) <= before + min(map(_may_add, node.outputs))
@@ -89,19 +73,24 @@ def _may_add(value: ir.Value) -> int:
 
 def _is_constant(node: ir.Node) -> bool:
     """Whether `node` depends on stored tensors alone."""
-    seen, todo = {node}, [node]
-    while todo:
-        current = todo.pop()
-        if current.op_type in _NOT_CONSTANT:
+    inside = {node}
+    for value in _leaves(node, inside):
+        if value.producer() is None and (value.const_value is None or value.is_graph_input()):
             return False
-        for value in filter(None, current.inputs):
+    return not any(n.op_type in _NOT_CONSTANT for n in inside)
+
+
+def _leaves(node: ir.Node, inside: set[ir.Node]) -> Iterator[ir.Value]:
+    """The values that `node` is computed from and that no node gives but a Constant; nodes on the way go `inside`."""
+    todo = [node]
+    while todo:
+        for value in filter(None, todo.pop().inputs):
             producer = value.producer()
-            if producer is None and (value.const_value is None or value.is_graph_input()):
-                return False
-            if producer is not None and producer not in seen:
-                seen.add(producer)
+            if producer is None or producer.op_type == "Constant":
+                yield value
+            elif producer not in inside:
+                inside.add(producer)
                 todo.append(producer)
-    return True
 
 
 def _bytes(value: ir.Value) -> float:
