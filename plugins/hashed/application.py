@@ -82,7 +82,6 @@ class Application:
 
     def __init__(self, options: Hashed, model: CapturedModel, context: Context) -> None:
         self.options, self.model, self.context = options, model, context
-        self.place = f"pass {options.name()}"
         self.in_outputs = context.has_calibration and options.metric != "weight"
         self.before = surgery.snapshot(model)
 
