@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench grouped-bench deep-compression kills composition clean
 
 install: $(STAMP)
 
@@ -78,6 +78,10 @@ pack-bench: install
 
 hashed-bench: install
 	$(BIN)/python tests/benchmarks/hashed.py $(HASHED)
+
+# which grouped convolutions the runtime is fast with
+grouped-bench: install
+	$(BIN)/python tests/benchmarks/grouped.py $(GROUPED)
 
 # one recipe killed at random moments and resumed
 kills: install

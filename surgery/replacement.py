@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .graph import Layer, remove_unused, weight_expression
 from .names import get_attribute, set_module
 
 
+class Place(Enum):
+    """What stands in the arguments of an `Operator` for a value."""
+
+    VALUE = "value"
+
+
 class Operator(nn.Module):
-    """`target(value, *args)`, or `target(value, parameter, *args)`: what `replace_layer` writes as a call of the
-    operator and not of a module."""
+    """What `replace_layer` writes as a call of the operator and not of a module.
+
+    `target(value, *args)`, or `target(value, parameter, *args)`; where `args` say `Operator.VALUE`, the value stands
+    there, and not in front.
+    """
+
+    VALUE: ClassVar = Place.VALUE
 
     def __init__(
         self, target: torch._ops.OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None
@@ -23,8 +36,15 @@ class Operator(nn.Module):
         self.target, self.args, self.parameter = target, args, parameter
 
     def forward(self, value: Tensor) -> Any:
-        own = () if self.parameter is None else (self.parameter,)
-        return self.target(value, *own, *self.args)
+        return self.target(*self.arguments(value, self.parameter))
+
+    def arguments(self, value: Any, parameter: Any) -> tuple[Any, ...]:
+        """Of the call: `value` and the parameter, if it has one, with `args`."""
+        own = () if self.parameter is None else (parameter,)
+        if not any(argument is Place.VALUE for argument in tree_leaves(self.args)):
+            return (value, *own, *self.args)
+        found: tuple[Any, ...] = tree_map(lambda a: value if a is Place.VALUE else a, self.args)
+        return found
 
 
 def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Module]) -> None:
@@ -96,8 +116,8 @@ def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str,
     with graph.inserting_before(node):
         for name, part in parts.items():
             if isinstance(part, Operator):
-                own = () if part.parameter is None else (graph.get_attr(name),)
-                value = graph.call_function(part.target, (value, *own, *part.args))
+                own = None if part.parameter is None else graph.get_attr(name)
+                value = graph.call_function(part.target, part.arguments(value, own))
             else:
                 value = graph.call_module(name, (value,))
             value.meta["module_path"] = path if isinstance(part, Operator) else name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,3 +251,18 @@ def test_an_operator_is_a_module_that_does_the_same():
     add = Operator(torch.ops.aten.add.Tensor, (), nn.Parameter(torch.ones(3)))
     assert torch.equal(add(torch.zeros(2, 3)), torch.ones(2, 3))
     assert len(list(add.parameters())) == 1
+
+
+def test_an_operator_takes_the_value_where_its_arguments_say_so():
+    model, x = NETWORKS["plain_cnn"].captured(), torch.randn(2, 3, 8, 8)
+    old = layer(model, "2.0")
+    twice = Operator(torch.ops.aten.cat.default, ([Operator.VALUE] * 2, 1))
+    assert torch.equal(copy.deepcopy(twice)(x), torch.cat([x, x], 1))
+    halves = nn.Conv2d(16, 12, 3, padding=1)
+    halves.weight = nn.Parameter(torch.cat([old.module.weight, old.module.weight], 1).detach() / 2)
+    halves.bias = old.module.bias
+    expected = model(x)
+    replace_layer(model, old, {"twice": twice, "halves": halves})
+    model.recompile()
+    model.graph.lint()
+    torch.testing.assert_close(model(x), expected)

@@ -1,10 +1,13 @@
 """Rewrite convolutions as a depthwise and a pointwise one.
 
     before:  conv       (O, C, k)                    O C k parameters
-    after:   depthwise  (C m, 1, k), C groups        C m k
-             pointwise  (O, C m, 1)                  + O C m        k = product of the kernel, m = multiplier
+    after:   copies     m times the input            0
+             depthwise  (m C, 1, k), m C groups      + m C k
+             pointwise  (O, m C, 1)                  + O m C        k = product of the kernel, m = multiplier
 
-Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where the original had one.
+One depthwise convolution with m filters a channel would need no copies, but runtimes have fast kernels for one filter
+alone: ONNX Runtime on a processor takes twice as long in float and up to forty times as long in integers
+(`make grouped-bench`). Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where the original had one.
 """
 
 from __future__ import annotations
@@ -24,11 +27,6 @@ if TYPE_CHECKING:
     from surgery import CapturedModel, Context, Data, Layer, Registry, Regression, Statistics
 
 
-_MULTIPLIER = (
-    "depthwise kernels per input channel; above 1 check the latency, ONNX Runtime's CPU kernels are made for 1"
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class DepthwiseSeparable(Pass):
     """Rewrite convolutions as a depthwise and a pointwise one.
@@ -44,7 +42,7 @@ class DepthwiseSeparable(Pass):
         "masked": "the two kernels would be ordinary weights, without the zeros",
     }
 
-    multiplier: Annotated[int, Field(ge=1, description=_MULTIPLIER)] = 1
+    multiplier: Annotated[int, Field(ge=1, description="depthwise kernels per input channel")] = 1
     norm_activation: Annotated[bool, Field(description="BatchNorm and ReLU between the two, as in MobileNet")] = False
     include_first: Annotated[bool, Field(description="rewrite the network's first convolution too")] = False
     calibrate: Annotated[bool | None, Field(description="fit the outputs on data; null = when there is some")] = None
@@ -134,13 +132,13 @@ class DepthwiseSeparable(Pass):
         from .modules import factored, norm_between
 
         fits = near != "weights"
-        depthwise, pointwise, errors = factored(layer.module, self.multiplier, task, self.iterations if fits else None)
-        parts = {"depthwise": depthwise, "pointwise": pointwise}
+        parts, errors = factored(layer.module, self.multiplier, task, self.iterations if fits else None)
         if self.norm_activation:
             errors.pop("output_error", None)  # ReLU changes it
-            norm = norm_between(depthwise, pointwise, task if fits else None)
-            parts = {"depthwise": depthwise, "norm": norm, "activation": nn.ReLU(), "pointwise": pointwise}
-        gains = ", which gains a bias" if layer.module.bias is None and pointwise.bias is not None else ""
+            pointwise = parts.pop("pointwise")
+            norm = norm_between(parts["depthwise"], pointwise, task if fits else None)
+            parts |= {"norm": norm, "activation": nn.ReLU(), "pointwise": pointwise}
+        gains = ", which gains a bias" if layer.module.bias is None and parts["pointwise"].bias is not None else ""
         what = f"{', '.join(parts)} with {_kernel(layer)} kernels, fitted to its {near}{gains}"
         return parts, Edit(layer.name, what, {**errors, **_counts(layer, parts)})
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery import Operator
+
 from .factors import Factors, fit, nearest, weight_error
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ def dense_weight(module: Any) -> Tensor:
 
 def factored(
     module: Any, multiplier: int, task: Regression | None, rounds: int | None
-) -> tuple[nn.Module, nn.Module, dict[str, float]]:
-    """Depthwise and pointwise convolution for the dense `module`, and their errors by name.
+) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """What takes the place of the dense `module`, `copies` (above one kernel a channel), `depthwise` and `pointwise`,
+    and its errors by name.
 
     `task` is to give the outputs wanted on data. In at most `rounds` rounds the two are fitted to it and the bias makes
     the mean output right; with `rounds` None they are near to the weights, and `task` only measures.
@@ -47,20 +50,26 @@ def factored(
     else:
         factors = nearest(weight, multiplier)
     depthwise, pointwise = _convolutions(module, factors)
-    product = factors_of(depthwise, pointwise).product
+    product = factors_of(depthwise, pointwise, module.in_channels).product
     errors = {"weight_error": weight_error(weight, product)}
     if fitted:
         _set_bias(pointwise, fitted.bias(_matrix(product))[0])
     if task:
         bias: Any = pointwise.bias
         errors["output_error"] = task.error(_matrix(product), None if bias is None else bias.unsqueeze(0))
-    return depthwise, pointwise, errors
+    return {**_copies(multiplier), "depthwise": depthwise, "pointwise": pointwise}, errors
 
 
-def factors_of(depthwise: Any, pointwise: Any) -> Factors:
-    """The weights as they stand in the modules, rounded to the layer's type."""
+def _copies(multiplier: int) -> dict[str, nn.Module]:
+    """The input, `multiplier` times along the channels: runtimes have fast kernels for one filter a channel."""
+    every = [Operator.VALUE] * multiplier
+    return {"copies": Operator(torch.ops.aten.cat.default, (every, 1))} if multiplier > 1 else {}
+
+
+def factors_of(depthwise: Any, pointwise: Any, channels: int) -> Factors:
+    """The weights as they stand in the modules, rounded to the layer's type; `channels` is C."""
     p, d = dense_weight(pointwise), dense_weight(depthwise)
-    return Factors(p.view(len(p), depthwise.groups, -1), d.view(depthwise.groups, -1, d.shape[2]))
+    return Factors(p.view(len(p), -1, channels).transpose(1, 2), d.view(-1, channels, d.shape[2]).transpose(0, 1))
 
 
 def norm_between(depthwise: Any, pointwise: Any, task: Regression | None) -> Any:
@@ -74,7 +83,8 @@ def norm_between(depthwise: Any, pointwise: Any, task: Regression | None) -> Any
     norm: Any = getattr(nn, f"BatchNorm{weight.ndim - 2}d")(len(weight), dtype=weight.dtype, device=weight.device)
     if task is None:
         return norm
-    mean, variance = _output_moments(factors_of(depthwise, pointwise).depthwise, task)
+    channels = len(task.x_mean[0]) // weight[0].numel()
+    mean, variance = _output_moments(factors_of(depthwise, pointwise, channels).depthwise, task)
     scale = (variance + norm.eps).sqrt()
     p = dense_weight(pointwise).squeeze(2)
     norm.running_mean, norm.running_var = mean.to(weight), variance.to(weight)
@@ -85,12 +95,12 @@ def norm_between(depthwise: Any, pointwise: Any, task: Regression | None) -> Any
 
 
 def _output_moments(depthwise: Tensor, task: Regression) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C·m,) of the depthwise outputs, from D (C, m, k)."""
+    """Mean and variance (m·C,) of the depthwise outputs, from D (C, m, k)."""
     channels, _, kernel = depthwise.shape
     own = torch.arange(channels)
     covariance = task.xx.view(channels, kernel, channels, kernel)[own, :, own]  # (C, k, k)
-    mean = torch.einsum("cjk,ck->cj", depthwise, task.x_mean.view(channels, kernel))
-    variance = torch.einsum("cjk,ckl,cjl->cj", depthwise, covariance, depthwise)
+    mean = torch.einsum("cjk,ck->jc", depthwise, task.x_mean.view(channels, kernel))
+    variance = torch.einsum("cjk,ckl,cjl->jc", depthwise, covariance, depthwise)
     return mean.flatten(), variance.flatten().clamp_min(0)
 
 
@@ -100,15 +110,15 @@ def _convolutions(module: Any, factors: Factors) -> tuple[nn.Module, nn.Module]:
     inner = channels * multiplier
     depthwise = _convolution(
         module,
-        factors.depthwise.reshape(inner, 1, *module.kernel_size),
+        factors.depthwise.transpose(0, 1).reshape(inner, 1, *module.kernel_size),
         None if module.bias is None else torch.zeros(inner),
         stride=module.stride,
         padding=module.padding,
         dilation=module.dilation,
-        groups=channels,
+        groups=inner,
     )
     shape = (module.out_channels, inner, *[1] * len(module.kernel_size))
-    return depthwise, _convolution(module, factors.pointwise.reshape(shape), module.bias)
+    return depthwise, _convolution(module, factors.pointwise.transpose(1, 2).reshape(shape), module.bias)
 
 
 def _convolution(like: Any, weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Module:

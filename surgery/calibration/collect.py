@@ -171,7 +171,11 @@ class Gatherer(Watcher):
 
     def __init__(self, model: fx.GraphModule, collectors: Iterable[Collector]) -> None:
         self._by_call: dict[str, list[Collector]] = {}
+        nodes = {node.name for node in model.graph.nodes}
         for collector in collectors:
+            if not nodes.issuperset(collector.calls):
+                name = collector.item.name
+                raise PluginError(f"{name} is no longer called in this model", fix="list its layers after the last edit")
             for call in collector.calls:
                 self._by_call.setdefault(call, []).append(collector)
         super().__init__(model, self._by_call)
