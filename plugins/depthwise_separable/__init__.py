@@ -7,7 +7,8 @@
 
 One depthwise convolution with m filters a channel would need no copies, but runtimes have fast kernels for one filter
 alone: ONNX Runtime on a processor takes twice as long in float and up to forty times as long in integers
-(`make grouped-bench`). Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where the original had one.
+(`make grouped-bench`). Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where
+the original had one.
 """
 
 from __future__ import annotations

@@ -175,7 +175,9 @@ class Gatherer(Watcher):
         for collector in collectors:
             if not nodes.issuperset(collector.calls):
                 name = collector.item.name
-                raise PluginError(f"{name} is no longer called in this model", fix="list its layers after the last edit")
+                raise PluginError(
+                    f"{name} is no longer called in this model", fix="list its layers after the last edit"
+                )
             for call in collector.calls:
                 self._by_call.setdefault(call, []).append(collector)
         super().__init__(model, self._by_call)

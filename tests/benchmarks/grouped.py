@@ -82,7 +82,9 @@ def main() -> None:
         x = torch.randn(options.batch, read, size, size)
         plain, integers = timed({"grouped": network}, x, options.rounds)["grouped"]
         part = f"{read // groups}, {given // groups}"
-        print(f"| {read} → {given} | {groups} | {part} | {size}×{size} | {integers.ratio / plain.ratio:.2f} |", flush=True)
+        print(
+            f"| {read} → {given} | {groups} | {part} | {size}×{size} | {integers.ratio / plain.ratio:.2f} |", flush=True
+        )
     print("\n| channels | plane | m | one convolution: float, int8 | copies: float, int8 |\n|---|---|---|---|---|")
     for channels, size in SEPARABLE:
         x = torch.randn(options.batch, channels, size, size)
