@@ -18,6 +18,7 @@ from surgery.captured import CapturedModel, capture
 from surgery.contract import snapshot
 from surgery.errors import InputError, PluginError
 from surgery.graph import Layer, layers
+from surgery.replacement import replace_layer
 
 
 class Counted:
@@ -284,6 +285,16 @@ def test_arguments_by_keyword_fit_whatever_form_the_batch_has() -> None:
     rows = (x * 2 + shift).double()
     torch.testing.assert_close(by_name.unfolded.mean[0], rows.mean(0), rtol=1e-5, atol=1e-6)
     assert torch.equal(by_name.unfolded.mean, in_order.unfolded.mean)
+
+
+@pytest.mark.parametrize("want", ["gram", "moments", "ranges"])
+def test_a_layer_that_an_edit_has_taken_away_is_named(want: Any) -> None:
+    model = captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), 3, 8, 8)
+    gone = layers(model)[0]
+    replace_layer(model, gone, {"a": nn.Conv2d(3, 4, 3), "b": nn.ReLU()})
+    model.recompile()
+    with pytest.raises(PluginError, match="0 is no longer called in this model"):
+        Calibration([torch.randn(2, 3, 8, 8)], original=model).collect(model, [gone], [want])
 
 
 def test_layers_without_an_unfolded_input_are_refused() -> None:
