@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from .measurement import measure as measure
     from .names import set_module as set_module
     from .names import tensors as tensors
-    from .onnx_latency import onnx_latency as onnx_latency
     from .packing.codec import Codec as Codec
     from .packing.reading import Pack as Pack
     from .packing.unpacking import unpack as unpack
@@ -87,6 +86,7 @@ if TYPE_CHECKING:
     from .pipeline import Operation as Operation
     from .pipeline import operate as operate
     from .quantizers import WeightQuantizer as WeightQuantizer
+    from .racing import onnx_latency as onnx_latency
     from .registry import Registry as Registry
     from .replacement import Operator as Operator
     from .replacement import bypass as bypass
@@ -152,7 +152,6 @@ _HOME = {
     "losses": ("loss_of",),
     "measurement": ("measure",),
     "names": ("set_module", "tensors"),
-    "onnx_latency": ("onnx_latency",),
     "packing.codec": ("Codec",),
     "packing.reading": ("Pack",),
     "packing.unpacking": ("unpack",),
@@ -160,6 +159,7 @@ _HOME = {
     "passes": ("Edit", "Pass", "PassReport", "Skip"),
     "pipeline": ("Operation", "operate"),
     "quantizers": ("WeightQuantizer",),
+    "racing": ("onnx_latency",),
     "registry": ("Registry",),
     "replacement": ("Operator", "bypass", "replace_layer"),
     "targets": ("Target",),
