@@ -6,7 +6,7 @@
              pointwise  (O, m C, 1)                  + O m C        k = product of the kernel, m = multiplier
 
 One depthwise convolution with m filters a channel would need no copies, but runtimes have fast kernels for one filter
-alone: ONNX Runtime on a processor takes twice as long in float and up to forty times as long in integers
+alone: ONNX Runtime on a processor takes up to twice as long in float and sixteen times as long in integers
 (`make grouped-bench`). Stride, padding and dilation go to the depthwise convolution; each of the two has a bias where
 the original had one.
 """
