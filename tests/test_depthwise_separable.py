@@ -242,10 +242,12 @@ def test_in_turn_a_layer_called_twice_comes_first_and_functions_are_layers_too()
     assert relative_error(*results) < 1e-4
 
 
-def test_norm_and_activation_start_near_the_layer_when_there_is_data() -> None:
+@pytest.mark.parametrize("multiplier", [1, 3])
+def test_norm_and_activation_start_near_the_layer_when_there_is_data(multiplier: int) -> None:
     torch.manual_seed(0)
-    before, plain, _ = rewrite(Net(), images(2), [images()], select=("wide",))
-    _, after, report = rewrite(before, images(2), [images()], select=("wide",), norm_activation=True)
+    options: dict[str, Any] = {"select": ("wide",), "multiplier": multiplier}
+    before, plain, _ = rewrite(Net(), images(2), [images()], **options)
+    _, after, report = rewrite(before, images(2), [images()], norm_activation=True, **options)
     parts = [name for name, _ in after.get_submodule("wide").named_children()]
     assert parts == ["depthwise", "norm", "activation", "pointwise"]
     assert relative_error(after(images()), plain(images())) < 0.02
