@@ -26,5 +26,8 @@ class Target:
     """Activations that a quantised output takes in: its range is theirs."""
     float_outputs: frozenset[str]
     """Layers and products whose integer kernel can also give floats."""
+    least_group: int = 1
+    """Channels that a group of a convolution must read and give for its integer kernel to be worth it. Depthwise
+    convolutions, which read one channel and give one, always are."""
     saturates_without_vnni: bool = False
     """Weights keep to 7 bits where the processor adds products of 8 bits in 16."""

@@ -224,6 +224,17 @@ def test_a_plugin_adds_a_target():
     assert "mine has no integer kernel for Conv2d" in {skip.why for skip in report.skips}
 
 
+def test_narrow_groups_stay_float_where_the_runtime_is_slow_with_them():
+    sizes = [(8, 16, 8), (16, 16, 4), (16, 16, 16), (16, 16, 2), (16, 16, 1)]
+    convolutions = [nn.Conv2d(read, given, 3, groups=groups) for read, given, groups in sizes]
+    x = torch.randn(4, 8, 16, 16)
+    captured = surgery.capture(nn.Sequential(*convolutions).eval(), x)
+    _, report = Quantize()(captured, Context(captured, Data.of([x])))
+    assert [edit.layer for edit in report.edits] == ["2", "3", "4"]
+    narrow = "onnxruntime-cpu is slower in integers where a group has less than 8 channels"
+    assert [skip.why for skip in report.skips] == [f"{narrow} (1 read, 2 given)", f"{narrow} (4 read, 4 given)"]
+
+
 def test_a_hook_that_gives_no_target_is_refused():
     plugin = type("P", (), {"surgery_targets": hookimpl(lambda self: ["cpu"])})()
     with pytest.raises(PluginError, match=r"gives str, not a surgery\.Target"):

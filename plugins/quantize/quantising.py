@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -144,12 +144,24 @@ class Quantisation:
         module = layer.module
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"{self.target.name} has no integer kernel that pads by {module.padding_mode}"
+        if narrow := self._narrow(module):
+            return f"{self.target.name} is slower in integers where {narrow}"
         weight = surgery.weight_of(layer)
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}, integers are made of float32"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or infinity"
         return surgery.tied(self.model, layer, computed=True)
+
+    def _narrow(self, module: Any) -> str | None:
+        """What is too little for an integer kernel in the groups of a convolution."""
+        groups = getattr(module, "groups", 1)
+        if groups == 1:
+            return None
+        read, given = module.in_channels // groups, module.out_channels // groups
+        if read == given == 1 or min(read, given) >= self.target.least_group:
+            return None
+        return f"a group has less than {self.target.least_group} channels ({read} read, {given} given)"
 
     def _open(self, names: set[str]) -> dict[str, Lookup]:
         """Make computed weights ordinary ones; those that were looked up in few values, by layer."""

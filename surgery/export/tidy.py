@@ -12,6 +12,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 
 from .folding import may_fold
 from .narrow import narrow
+from .spared import spare_float_layers
 from .tensor_names import fresh
 
 ROUNDS = 2
@@ -28,6 +29,7 @@ def tidy(model: ir.Model, names: list[str]) -> None:
     for name, weight in list(model.graph.initializers.items()):
         weight.name = name.removeprefix("model.")
     narrow(model)
+    spare_float_layers(model.graph)
     _rename([*model.graph.inputs, *model.graph.outputs], names, model.graph)
     _name_batch(model.graph)
     common.ClearMetadataAndDocStringPass()(model)

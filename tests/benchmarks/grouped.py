@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from surgery_plugins.quantize import Quantize
+from surgery_plugins.quantize.targets import ONNXRUNTIME_CPU
 from torch import Tensor, nn
 
 import surgery
-from surgery import Context, Data, Registry
+from surgery import Context, Data, Registry, hookimpl
 from surgery.export.onnx import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.measurement import latency
@@ -44,9 +46,16 @@ class Copies(nn.Module):
         return torch.cat([x] * self.count, 1)
 
 
+def registry() -> Registry:
+    """With a target that computes every convolution in integers."""
+    every = replace(ONNXRUNTIME_CPU, name="every-group", least_group=1)
+    return Registry.load([type("Plugin", (), {"surgery_targets": hookimpl(lambda self: [every])})()])
+
+
 def timed(networks: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, tuple[Any, Any]]:
     """Every network in float and in integers, against the first in float."""
-    plugins, step = Registry.load(), Quantize(vnni=True)
+    plugins = registry()
+    step = Quantize(runtime="every-group", vnni=True)
     with tempfile.TemporaryDirectory() as folder:
         calls = {}
         for name, network in networks.items():
