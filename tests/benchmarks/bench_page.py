@@ -103,7 +103,7 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[s
 def _zoo(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
-    yield "## Eight families of torchvision at 224×224\n"
+    yield "## Families of torchvision at 224×224\n"
     yield "`make bench BENCH=torchvision`: random weights, 8 random images calibrate. Share of the MACs left, how much"
     yield "faster in ONNX Runtime (one thread, batch of 1), `=` where the file keeps its bound on parity, `≠` else.\n"
     recipes = sorted({row["recipe"] for row in rows})
