@@ -2,10 +2,12 @@
 
     make grouped-bench                  both tables
     make grouped-bench GROUPED="--rounds 60 --batch 8"
+    make grouped-bench GROUPED="--models torchvision/resnext50_32x4d timm/dpn48b timm/fastvit_t8"
 
 First: a grouped convolution between two pointwise ones, int8 against float32. Second: m depthwise filters a channel,
 as one convolution of C groups or as m copies of the input with a filter each (what `depthwise_separable` writes),
-each with a pointwise convolution behind it, against the dense convolution. One thread, paired, medians.
+each with a pointwise convolution behind it, against the dense convolution. With `--models`, instead: whole networks
+in integers as `quantize` has them and with every group in integers, against float32. One thread, paired, medians.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import TOOL, load_tool
 from surgery_plugins.quantize import Quantize
 from surgery_plugins.quantize.targets import ONNXRUNTIME_CPU
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from surgery import Context, Data, Registry, hookimpl
 from surgery.export.onnx import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.measurement import latency
+from surgery.testing import randomise
 
 GROUPED = [(128, 128, g, 28) for g in (128, 64, 32, 16, 8, 4)] + [(64, 64, 16, 56), (256, 256, 32, 14)]
 GROUPED += [(512, 512, 32, 7), (64, 128, 64, 56), (128, 256, 128, 28)]
@@ -72,8 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=[], help="of torchvision or timm, where these are installed")
+    parser.add_argument("--tool", type=Path, default=TOOL, help="zoo.py, which builds them")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.models:
+        whole(options)
+        return
     print("| channels | groups | read, given by a group | plane | int8 faster |\n|---|---|---|---|---|")
     for read, given, groups, size in GROUPED:
         network = nn.Sequential(
@@ -92,6 +101,23 @@ def main() -> None:
             found = timed(separable(channels, m), x, options.rounds)
             figures = [f"{a.ratio:.2f}, {b.ratio:.2f}" for a, b in (found["one"], found["copies"])]
             print(f"| {channels} | {size}×{size} | {m} | {' | '.join(figures)} |", flush=True)
+
+
+def whole(options: argparse.Namespace) -> None:
+    tool, plugins = load_tool(options.tool), registry()
+    print("| network | int8 faster | every group in int8 |\n|---|---|---|")
+    for name in options.models:
+        model, (example,) = tool.build(name)
+        captured = surgery.capture(randomise(model.eval()), example)
+        context = Context(captured, Data.of([torch.randn_like(example)]), registry=plugins)
+        with tempfile.TemporaryDirectory() as folder:
+            models = {"float": captured}
+            for runtime in (ONNXRUNTIME_CPU.name, "every-group"):
+                models[runtime], _ = Quantize(runtime=runtime, vnni=True)(captured, context)
+            files = {key: export_onnx(m, m.inputs, Path(folder) / f"{key}.onnx") for key, m in models.items()}
+            calls = {key: partial(runtime_session(file, threads=1), example) for key, file in files.items()}
+            found = latency(calls, rounds=options.rounds)
+        print(f"| {name} | {' | '.join(f'{found[key].ratio:.2f}' for key in list(found)[1:])} |", flush=True)
 
 
 def separable(channels: int, multiplier: int) -> dict[str, nn.Module]:
