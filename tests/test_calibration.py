@@ -344,6 +344,33 @@ def test_a_sweep_gives_the_regression_from_operated_inputs_to_original_outputs()
     )
 
 
+def fitted(x: Tensor, y: Tensor) -> Regression:
+    scatter = Scatter(True)
+    scatter.add(torch.cat([x, y], 1).unsqueeze(0))
+    return Regression.of(scatter.finish(), x.shape[1])
+
+
+def test_few_rows_are_not_fitted_by_heart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 64, generator=generator, dtype=torch.float64)
+    truth = torch.randn(8, 64, generator=generator, dtype=torch.float64) / 8
+    y = x @ truth.T + torch.randn(4096, 8, generator=generator, dtype=torch.float64)
+    few, all_rows, start = fitted(x[:80], y[:80]), fitted(x, y), truth[None] * 0.9
+    by_heart, damped = few.solve(start, 1e-4), few.solve(start)
+    assert few.error(by_heart, few.bias(by_heart)) < few.error(damped, few.bias(damped))
+    assert all_rows.error(damped, few.bias(damped)) < all_rows.error(by_heart, few.bias(by_heart))
+
+
+@pytest.mark.parametrize("ridge", [None, 1e-4])
+def test_features_that_hardly_vary_do_not_become_large_weights(ridge: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 1e-6 * torch.randn(256, 16, generator=generator, dtype=torch.float64)
+    y = torch.randn(256, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 4, 16, generator=generator, dtype=torch.float64)
+    assert float((fitted(x, y).solve(start, ridge) - start).abs().max()) < 1
+    assert float(fitted(x * 0, y).damping(ridge)) > 0
+
+
 def test_a_layer_before_a_sum_aims_at_making_up_for_the_shortcut_too() -> None:
     original, x = captured(Residual(), 4), torch.randn(32, 4)
     operated = snapshot(original)

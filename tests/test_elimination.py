@@ -26,7 +26,8 @@ def problem(units=6, k=1, outputs=3, rows=200, seed=0):
 
 
 def reader(x, y, columns, towards, scale=1.0):
-    return Reader.of(columns, x.T @ x / len(x), y.T @ x / len(x), towards, scale, RIDGE)
+    xx = x.T @ x / len(x)
+    return Reader.of(columns, xx, y.T @ x / len(x), towards, scale, RIDGE * xx.diagonal().mean())
 
 
 def solved(x, y, towards, gone=()):
@@ -95,7 +96,8 @@ def test_of_channels_that_repeat_each_other_all_but_one_go_first_and_cost_nothin
     copies = torch.cat([x, x[:, columns[1]], x[:, columns[1]] * 2], 1)
     six = torch.cat([columns, torch.tensor([[6], [7]])])
     more = torch.cat([towards, torch.zeros(3, 2, dtype=torch.float64)], 1)
-    found = Reader.of(six, copies.T @ copies / 300, y.T @ copies / 300, more, 1.0, 1e-10)
+    xx = copies.T @ copies / 300
+    found = Reader.of(six, xx, y.T @ copies / 300, more, 1.0, 1e-10 * xx.diagonal().mean())
     scores = eliminate(6, [found], torch.zeros(6))
     first = set(scores.argsort()[:2].tolist())
     assert first < {1, 4, 5}

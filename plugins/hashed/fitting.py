@@ -26,10 +26,8 @@ TOLERANCE = 1e-4
 """Of conjugate gradients, at a time."""
 ROUNDS = 2
 """Of values and gains in turn."""
-RIDGE = 1e-4
-"""λ in parts of the mean variance of the features: weights that the data does not show are drawn to what they were."""
-SCARCITY = 1e-2
-"""Least such λ times rows per feature."""
+FLOOR = 1e-4
+"""Least importance of a feature, in parts of the mean: weights that the data does not show count a little."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Layout:
 
     def weighted_mean(self, matrix: Tensor, importance: Tensor) -> Tensor:
         """The values with the least Σ p_f (W_of - V_of)², `importance` p (groups, 1, features)."""
-        floor = importance.mean().clamp_min(1e-100) * RIDGE
+        floor = importance.mean().clamp_min(1e-100) * FLOOR
         return self.gathered(matrix * (importance + floor)) / self.totals(importance + floor).clamp_min(1e-300)
 
 
@@ -98,10 +96,8 @@ class Problem:
 
     @cached_property
     def _ridge(self) -> Tensor:
-        """λ (groups, 1)"""
-        xx, features = self.regression.xx, self.present.shape[2]
-        share = max(RIDGE, SCARCITY * features / self.regression.count)
-        return (share * xx.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-100).unsqueeze(1)
+        """λ (groups, 1): weights that the data does not show are drawn to what they were."""
+        return self.regression.damping().unsqueeze(1)
 
     @property
     def spread(self) -> Tensor:

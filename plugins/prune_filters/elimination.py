@@ -33,9 +33,8 @@ class Reader:
     scale: float
 
     @classmethod
-    def of(cls, features: Tensor, xx: Tensor, yx: Tensor, towards: Tensor, scale: float, ridge: float) -> Reader:
-        """From moments: `xx` Σ, `yx` Y, `towards` W₀; λ is `ridge` times the mean variance of the features."""
-        damping = ridge * xx.diagonal().mean().clamp_min(1e-100)
+    def of(cls, features: Tensor, xx: Tensor, yx: Tensor, towards: Tensor, scale: float, damping: Tensor) -> Reader:
+        """From moments: `xx` Σ, `yx` Y, `towards` W₀, `damping` λ."""
         damped = xx + torch.diag_embed(damping.expand(len(xx)))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return cls(features, (yx + damping * towards) @ inverse, inverse, max(scale, 1e-100))

@@ -12,7 +12,6 @@ from torch import Tensor
 from surgery import Affine, Channels, Group, Layer, Member, Task
 
 from .elimination import Reader, eliminate
-from .repair import RIDGE
 
 MOST_FEATURES = 4608
 """Of a layer whose covariance is inverted: 512 channels of a 3×3 kernel."""
@@ -34,7 +33,8 @@ class Evidence:
             return None
         regression = self.task.regression
         towards = self._affine.scaled(matrix)[0]
-        return Reader.of(NO_FEATURES, regression.xx[0], regression.yx[0], towards, self.scale, RIDGE)
+        damping = regression.damping()[0]
+        return Reader.of(NO_FEATURES, regression.xx[0], regression.yx[0], towards, self.scale, damping)
 
     @cached_property
     def contributions(self) -> Tensor:

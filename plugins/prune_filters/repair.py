@@ -10,9 +10,6 @@ from torch import Tensor
 import surgery
 from surgery import CapturedModel, Context
 
-RIDGE = 1e-4
-"""Strength of the pull to the present weights, in parts of the mean variance of a layer's features."""
-
 
 @dataclass(frozen=True)
 class Repaired:
@@ -48,5 +45,5 @@ def reconstruct(
     repaired = []
     for number, task in enumerate(context.calibration.sweep(model, steps, before)):
         context.progress("reconstruct", number, len(steps))
-        repaired.append(Repaired(task.layer.name, *maps[task.layer.name].solve(task, RIDGE)))
+        repaired.append(Repaired(task.layer.name, *maps[task.layer.name].solve(task)))
     return repaired

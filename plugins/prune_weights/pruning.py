@@ -23,7 +23,7 @@ from .scores import Scores, magnitudes, matrix_of, of_loss, of_outputs
 from .solving import Quadratic, pruned, refitted
 
 RIDGE = 1e-4
-"""Pull to the present weights, in parts of the mean variance of a layer's features."""
+"""Pull to the present weights of layers solved alone, in parts of the mean power of their features."""
 
 
 def masked(weight: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ class Pruning:
         wanted = [layers[job.name] for job in jobs]
         for layer, statistics in self.context.calibration.stream(self.model, wanted, ("gram",)) if wanted else ():
             job, weight, moments = by_name[layer.name], matrix_of(layer).double(), statistics.unfolded.gram
-            task = Quadratic.of(moments, weight @ moments, weight, RIDGE)
+            damping = (RIDGE * moments.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-100)
+            task = Quadratic.of(moments, weight @ moments, weight, damping)
             found[job.name] = self._solution(task, job, weight, counts, masks)
             change, whole = found[job.name] - weight, float((weight @ moments * weight).sum())
             lost = float((change @ moments * change).sum())
@@ -172,4 +173,4 @@ class Pruning:
 
 
 def _quadratic(regression: surgery.Regression, towards: Tensor) -> Quadratic:
-    return Quadratic.of(regression.xx, regression.yx, towards, RIDGE)
+    return Quadratic.of(regression.xx, regression.yx, towards, regression.damping())

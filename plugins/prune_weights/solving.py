@@ -27,18 +27,17 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Quadratic:
-    """H and G, float64."""
+    """H and G, float64, over the mean of H's diagonal: V is the same, and float32 holds any magnitude of x."""
 
     hessian: Tensor
     goal: Tensor
 
     @classmethod
-    def of(cls, moments: Tensor, cross: Tensor, towards: Tensor, ridge: float) -> Quadratic:
-        """From E[x xᵀ] and E[y xᵀ]; λ is `ridge` times the mean of the former's diagonal."""
-        mean = moments.diagonal(dim1=1, dim2=2).mean(1)
-        damping = torch.where(mean > 0, ridge * mean, 1.0)
+    def of(cls, moments: Tensor, cross: Tensor, towards: Tensor, damping: Tensor) -> Quadratic:
+        """From E[x xᵀ], E[y xᵀ] and λ (groups,) > 0."""
         hessian = moments + torch.diag_embed(damping.unsqueeze(1).expand(moments.shape[:2]))
-        return cls(hessian, cross + damping.view(-1, 1, 1) * towards)
+        size = hessian.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+        return cls(hessian / size, (cross + damping.view(-1, 1, 1) * towards) / size)
 
     @property
     def diagonal(self) -> Tensor:

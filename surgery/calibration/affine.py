@@ -57,20 +57,18 @@ class Affine:
         scale: Tensor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
         return matrix.detach().double() * scale.view(len(matrix), -1, 1)
 
-    def solve(self, task: Task, ridge: float | None = None) -> tuple[float, float]:
+    def solve(self, task: Task) -> tuple[float, float]:
         """Give the layer new weights, from its present inputs towards what it should give; where a ReLU follows, go on
         from the linear fit. The error of its output before and after the linear fit (1 = no better than the mean).
-
-        `ridge`: strength of the pull to the present weights, see `Regression.solve`.
         """
         regression = task.regression
         present = self.scaled(task.matrix)
-        matrix = regression.solve(present, ridge)
+        matrix = regression.solve(present)
         error = regression.error(matrix, regression.bias(matrix))
         current = regression
         for _ in range(task.rounds):
             current = task.rectified(matrix, current.bias(matrix))
-            matrix = current.solve(present, ridge)
+            matrix = current.solve(present)
         self.put(matrix, current.bias(matrix), regression)
         return regression.error(present, regression.bias(present)), error
 

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-4
-"""λ of `Regression.solve`, in parts of the mean variance of the features."""
+"""λ of `Regression.damping`, in parts of the mean variance of the features."""
 SCARCITY = 1e-2
 """Least such λ times rows per feature."""
+NOISE = 1e-6
+"""Least λ in parts of the features' mean power E[x²]: what varies by less than a thousandth of its size is hardly more
+than rounding, and weights large enough to tell it apart would show the rounding in the output."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,27 @@ class Regression:
     def solve(self, towards: Tensor, ridge: float | None = None) -> Tensor:
         """W (groups, outputs, features) with the least E‖y - W x - b‖² + λ‖W - `towards`‖² for the best b.
 
-        λ is `ridge` > 0 times the mean variance of the features, so that directions which the data does not show keep
-        the weight they have. None: `RIDGE`, more where there are few rows for the features, so that they are not
-        fitted by heart.
+        λ is that of `damping`, so that directions which the data does not show keep the weight they have.
         """
         start = towards.detach().double().cpu()
         rest = self.yx - start @ self.xx
         if not bool(rest.any()):
             return start
-        if ridge is None:
-            ridge = max(RIDGE, SCARCITY * self.xx.shape[1] / self.count)
-        damping = ridge * self.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-100)
-        damped = self.xx + torch.diag_embed(damping.unsqueeze(1).expand(-1, self.xx.shape[1]))
+        damped = self.xx + torch.diag_embed(self.damping(ridge).unsqueeze(1).expand(-1, self.xx.shape[1]))
         change: Tensor = torch.linalg.solve(damped, rest, left=False)
         return start + change
+
+    def damping(self, ridge: float | None = None) -> Tensor:
+        """λ (groups,) > 0: `ridge` times the mean variance of the features.
+
+        None: `RIDGE`, more where there are few rows for the features, so that they are not fitted by heart. Either way
+        at least `NOISE` times their mean power.
+        """
+        if ridge is None:
+            ridge = max(RIDGE, SCARCITY * self.xx.shape[1] / self.count)
+        variance = self.xx.diagonal(dim1=1, dim2=2).mean(1)
+        power = variance + self.x_mean.square().mean(1)
+        return torch.maximum(ridge * variance, NOISE * power).clamp_min(1e-100)
 
     def bias(self, weight: Tensor) -> Tensor:
         """The best b (groups, outputs) for W: the mean output is then the mean target."""
