@@ -26,6 +26,8 @@ TOLERANCE = 1e-4
 """Of conjugate gradients, at a time."""
 ROUNDS = 2
 """Of values and gains in turn."""
+LEAST = 1e-3
+"""Least gain to begin with, in parts of the largest."""
 FLOOR = 1e-4
 """Least importance of a feature, in parts of the mean: weights that the data does not show count a little."""
 
@@ -101,9 +103,14 @@ class Problem:
 
     @property
     def spread(self) -> Tensor:
-        """√(f(0)) per output (groups, outputs), 1 where it is 0: gains with which values serve all outputs alike."""
-        size = self.regression.y_variance + self._ridge * self.present.square().sum(2)
-        return torch.where(size > 0, size, 1.0).sqrt()
+        """√(f(0)) per output (groups, outputs): gains with which values serve all outputs alike.
+
+        At least `LEAST` of the largest: an output that never varies has no say in shared values, but its own have to be
+        numbers that a weight can hold. 1 where none varies.
+        """
+        size = (self.regression.y_variance + self._ridge * self.present.square().sum(2)).sqrt()
+        largest = size.max()
+        return size.clamp_min(LEAST * float(largest)) if float(largest) > 1e-30 else torch.ones_like(size)
 
     def values(self, gain: Tensor, start: Tensor | None) -> Tensor:
         """w (K,) for the gain g (groups, outputs)."""
