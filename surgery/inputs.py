@@ -47,7 +47,7 @@ class Inputs:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise InputError(
-                f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}",
+                f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}{_keys(value)}",
                 fix="give a tensor, a tuple of arguments, or a dict of arguments by name",
             ) from error
         names = [n for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -90,6 +90,10 @@ class Inputs:
         for name, tensor in self.named_tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise InputError(f"input {name} holds NaN or infinity", at=place, fix="remove or repair these samples")
+
+
+def _keys(value: Any) -> str:
+    return f"; given {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
 
 
 def _leaves(value: Any) -> list[tuple[tuple[Any, ...], Any]]:

@@ -8,15 +8,17 @@ model ─export→ model.onnx ─┬ verify (fidelity to the original, parity of
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from .calibration import checked_inputs
 from .captured import CapturedModel
 from .context import Progress
-from .data import Data
+from .data import Data, pair_of
 from .errors import RecipeError
 from .export.onnx import OPSET, export_onnx
 from .export.runtime import runtime_session
@@ -75,11 +77,21 @@ class Judge:
         """
         budget = self._recipe.budget
         verification = self._verify(self.original, first_batch_only=budget.accuracy is None)
-        if verification.shortfalls and any(bound is not None for bound in budget.model_dump().values()):
+        bounds = [name for name, bound in budget.model_dump().items() if bound is not None]
+        place, problems = f"recipe {self._recipe.name}, budget", "; ".join(verification.shortfalls)
+        if verification.unmeasured and len(verification.unmeasured) == len({*bounds} - {"parity"}):
             raise RecipeError(
-                f"the unmodified model breaks the budget already: {'; '.join(verification.shortfalls)}",
-                at=f"recipe {self._recipe.name}, budget",
-                fix="give evaluation data with labels for accuracy, or another budget",
+                f"the budget cannot be measured: {'; '.join(verification.unmeasured)}",
+                at=place,
+                fix="give evaluation data with labels for accuracy, or bound the outputs themselves:"
+                + "".join(f" --set budget.{name}=null" for name in bounds if name != "parity")
+                + " --set budget.sqnr_db=20",
+            )
+        if problems and bounds:
+            raise RecipeError(
+                f"the unmodified model breaks the budget already: {problems}",
+                at=place,
+                fix="ask for less than the model has; or are its weights, or the data, not what they should be?",
             )
         return self._standing(self.original, verification)
 
@@ -110,10 +122,10 @@ class Judge:
         """On the evaluation data, else the calibration data, else the example inputs."""
         self._progress("verify", 0, 1)
         data = self._data
-        batches = next((b for b in (data.evaluation, data.calibration) if b is not None), [self.original.inputs])
         labelled = data.evaluation is not None
+        batches = self._batches()
         if first_batch_only:
-            batches = list(islice(batches, 1))
+            batches = islice(batches, 1)
         return verify(
             self.original,
             model,
@@ -123,6 +135,19 @@ class Judge:
             labelled=labelled,
             metric=data.metric,
         )
+
+    def _batches(self) -> Iterator[Any]:
+        """What models are judged on, each batch checked against the example inputs; with labels where there are any."""
+        if self._data.evaluation is not None:
+            for number, batch in enumerate(self._data.evaluation):
+                place = f"evaluation batch {number}"
+                inputs, target = pair_of(batch, place)
+                yield checked_inputs(self.original, inputs, place), target
+        elif self._data.calibration is not None:
+            for number, batch in enumerate(self._data.calibration):
+                yield checked_inputs(self.original, batch, f"calibration batch {number}")
+        else:
+            yield self.original.inputs
 
     def _latency(self, model: CapturedModel, before: CapturedModel) -> StepLatency | None:
         if not self._rounds:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .captured import CapturedModel, capture
 from .context import Context, Progress, silent
 from .contract import snapshot
 from .data import Data
+from .errors import ModelError, PassError, SurgeryError
 from .export.source import export_source
 from .inputs import Inputs
 from .judging import Judge
@@ -29,7 +31,7 @@ from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .runs import RunFolder, run_key, writing
 from .state import load_state, save_state
-from .steps import Standing, StepResult
+from .steps import Outcome, Standing, StepResult
 from .verification import Verification
 
 SOFTENINGS = 4
@@ -182,23 +184,31 @@ class _Run:
     def _step(
         self, index: int, model: CapturedModel, standing: Standing, judge: Judge
     ) -> tuple[CapturedModel, StepResult]:
-        """The model after the step, and what was done; the step's pass is tried milder where the plan says so."""
+        """The model after the step, and what was done; the step's pass is tried milder where the plan says so.
+
+        A pass that cannot do what it is asked for is treated as one that breaks the budget, if the plan says how.
+        """
         step: Pass | None = self.plan.steps[index - 1]
         how: OnBreak = self.plan.on_break[index - 1]
         attempts: list[str] = []
         while step is not None:
-            current, report, reached = self._attempt(index, step, model, standing, judge)
-            shortfalls = reached.verification.shortfalls
-            tried = StepResult(step.name(), report, reached, "softened" if attempts else "kept", plain(step.options))
-            if how == "continue" or not (shortfalls and report.modified):
-                return current, replace(tried, attempts=tuple(attempts))
-            attempts.append(_broken(step, shortfalls))
+            report, result = PassReport(), partial(StepResult, step.name(), options=plain(step.options))
+            try:
+                current, report, reached = self._attempt(index, step, model, standing, judge)
+                problems = reached.verification.shortfalls if report.modified else ()
+            except (ModelError, PassError) as error:
+                if how == "continue":
+                    raise _placed(error, index, len(self.plan.steps)) from error.__cause__ or error
+                problems = (error.problem,)
+            if how == "continue" or not problems:
+                outcome: Outcome = "softened" if attempts else "kept"
+                return current, result(report, reached, outcome, attempts=tuple(attempts))
+            attempts.append(_broken(step, problems))
             step = step.softened() if how == "soften" and len(attempts) <= SOFTENINGS else None
-        return model, replace(
-            tried,
-            report=PassReport((), report.skips, report.notes),
-            standing=judge.unchanged(model, standing),
-            outcome="stopped" if how == "stop" else "undone",
+        return model, result(
+            PassReport((), report.skips, report.notes),
+            judge.unchanged(model, standing),
+            "stopped" if how == "stop" else "undone",
             attempts=tuple(attempts),
         )
 
@@ -255,6 +265,12 @@ class _Run:
             folder = tempfile.TemporaryDirectory(prefix=".model-", dir=self.folder.path)
         with folder as path:
             yield Path(path)
+
+
+def _placed(error: ModelError | PassError, index: int, steps: int) -> SurgeryError:
+    place = ", ".join(filter(None, [f"step {index} of {steps}", error.at]))
+    fix = "; ".join(filter(None, [error.fix, "or go on without it: `on_break: soften`, `undo` or `stop`"]))
+    return type(error)(error.problem, at=place, fix=fix)
 
 
 def _broken(step: Pass, shortfalls: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class Table:
 
 GROWN = 1.01
 """Times the bytes before; less is names and constants."""
+SLOWER = 0.97
+"""Times the speed before, in three rounds of four; nearer to 1 are the machine's whims."""
 
 
 def summary(operation: Operation) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
     columns = ("after", "parameters", "MACs", "ONNX bytes", "latency", "fidelity", "")
     rows = []
     before, size = summary["before"], summary["bytes"].get("original.onnx", 0)
+    passes = summary["recipe"]["passes"]
     for number, (step, times) in enumerate(zip(summary["steps"], timings["steps"], strict=True), 1):
         weights = step["measurement"]
         speed = f"{times['result']['ratio']:.2f}× the original's speed" if times else ""
@@ -112,7 +115,7 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
                 *(f"{count:,}" if count else "–" for count in counts),
                 speed,
                 _fidelity_in_short(step["verification"]["fidelity"]),
-                "; ".join(_remarks(step, before, size, times)),
+                "; ".join((*_course(step, passes[number - 1], passes[number:]), *_remarks(step, before, size, times))),
             )
         )
         before, size = weights, step["onnx_bytes"]
@@ -127,10 +130,20 @@ def _fidelity_in_short(fidelity: Mapping[str, Any]) -> str:
     return f"SQNR {_show(fidelity['sqnr_db'])} dB"
 
 
+def _course(step: Mapping[str, Any], asked: Mapping[str, Any], left: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What became of a step that did not go as asked; `left`: the passes after it."""
+    options = asked[step["name"]]
+    changed = [f"{key} {_show(value)}" for key, value in step["options"].items() if value != options.get(key)]
+    if step["outcome"] == "softened":
+        yield f"softened to {', '.join(changed)}"
+    elif step["outcome"] == "stopped" and left:
+        yield f"stopped, not run: {', '.join(name for each in left for name in each if name != 'on_break')}"
+    elif step["outcome"] != "kept":
+        yield step["outcome"]
+
+
 def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], size: int, times: Mapping[str, Any]) -> Iterator[str]:
     """What a reader must not miss. A step is faster if it won three rounds of four; `size`: of the file before it."""
-    if step["outcome"] != "kept":
-        yield step["outcome"]
     if step["outcome"] == "kept" and step["verification"]["shortfalls"]:
         yield "BUDGET BROKEN"
     if step["outcome"] == "kept" and not step["edits"]:
@@ -140,6 +153,8 @@ def _remarks(step: Mapping[str, Any], before: Mapping[str, Any], size: int, time
     smaller = [what for what, old, new in counts if old and 0 < new < 0.99 * old]
     if smaller and times and times["step"]["quartiles"][0] <= 1:
         yield f"fewer {' and '.join(smaller)}, NOT faster"
+    elif step["edits"] and times and times["step"]["quartiles"][1] < SLOWER:
+        yield f"SLOWER: {times['step']['ratio']:.2f}× the speed before it"
     if step["edits"] and size and step["onnx_bytes"] > GROWN * size:
         yield "the ONNX file GREW"
 
@@ -208,7 +223,8 @@ def _verdict(verification: Mapping[str, Any], has_budget: bool) -> str:
     compared = verification["parity"] or verification["devices"]
     answers = ["parity BROKEN" if "parity" in broken else "parity holds" if compared else "parity not measured"]
     if has_budget:
-        answers.append("budget BROKEN" if "fidelity" in broken else "budget holds")
+        kept = "budget holds as far as it was measured" if verification["unmeasured"] else "budget holds"
+        answers.append("budget BROKEN" if "fidelity" in broken else kept)
     else:
         answers.append("fidelity BROKEN" if "fidelity" in broken else "no budget bounds the fidelity")
     return f"{'passed' if verification['passed'] else 'NOT passed'} ({', '.join(answers)})"

@@ -48,7 +48,7 @@ class StepResult:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the pass as it was last applied."""
     attempts: tuple[str, ...] = ()
-    """What was tried and broke the budget, a sentence each."""
+    """What was tried and broke the budget, or could not be done, a sentence each."""
 
     @property
     def undone(self) -> bool:

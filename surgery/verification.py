@@ -18,6 +18,7 @@ from torch import nn
 
 from .captured import CapturedModel
 from .divergence import Divergence
+from .errors import InputError
 from .export.onnx import export_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
@@ -112,9 +113,12 @@ def verify(
             batches = chain([first], batches)
             file = Path(onnx) if onnx else _exported(candidate, first[0], stack)
             contests = [(c, stack.enter_context(run)) for c, run in _contests(candidate, file, budget)]
-        for batch, target in batches:
+        for number, (batch, target) in enumerate(batches):
             outputs = actual(batch)
-            comparison.add(expected(batch), outputs, target, batch_size(batch))
+            try:
+                comparison.add(expected(batch), outputs, target, batch_size(batch))
+            except InputError as error:
+                raise InputError(error.problem, at=error.at or f"batch {number}", fix=error.fix) from error
             for contest, run in contests:
                 contest.add(batch, outputs, run(batch))
         results = [contest.conclude() for contest, _ in contests]

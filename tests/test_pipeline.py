@@ -65,6 +65,18 @@ class Jitter(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demand(Damp):
+    """Damp, which cannot be done below 0.8."""
+
+    def apply(self, model, context):
+        if self.factor < 0.8:
+            raise PassError(
+                f"factor: {self.factor} cannot be met, 0.8 is as far as it goes", at="pass demand", fix="less"
+            )
+        return super().apply(model, context)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explode(Pass):
     """Fails."""
 
@@ -75,7 +87,7 @@ class Explode(Pass):
 class Plugin:
     @hookimpl
     def surgery_passes(self):
-        return [Damp, Jitter, Explode]
+        return [Damp, Demand, Jitter, Explode]
 
 
 REGISTRY = surgery.Registry([Plugin()])
@@ -329,6 +341,75 @@ def test_stopping_keeps_what_stood_before_and_runs_nothing_more(net, inputs, tmp
     assert files(tmp_path / "run") == first
 
 
+def test_a_step_that_cannot_be_done_as_asked_is_softened_until_it_can(net, inputs, tmp_path):
+    steps = ["jitter", {"demand": {"factor": 0.5}, "on_break": "soften"}]
+    operation = operate(net, inputs, *steps, out=tmp_path / "run")
+    step = operation.steps[2]
+    assert (step.outcome, step.options["factor"]) == ("softened", 0.875)
+    assert step.attempts[1] == "factor 0.75: factor: 0.75 cannot be met, 0.8 is as far as it goes"
+    assert "softened to factor 0.875" in (tmp_path / "run" / "report.md").read_text()
+    first = files(tmp_path / "run")
+    operate(net, inputs, *steps, out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == first
+
+
+@pytest.mark.parametrize("how", ["undo", "stop"])
+def test_a_step_that_fails_is_undone_where_the_recipe_says_what_then(net, inputs, how, tmp_path):
+    operation = operate(net, inputs, "jitter", {"explode": {}, "on_break": how}, "damp", out=tmp_path / "run")
+    assert operation.steps[2].outcome == ("stopped" if how == "stop" else "undone")
+    assert operation.steps[2].attempts == ("as given: ZeroDivisionError: by design",)
+    assert not operation.steps[2].report.edits
+    assert len(operation.steps) == (3 if how == "stop" else 4)
+    assert ("stopped, not run: damp" in (tmp_path / "run" / "report.md").read_text()) == (how == "stop")
+    rest = ["jitter"] if how == "stop" else ["jitter", "damp"]
+    assert same_outputs(operation.model, operate(net, inputs, *rest).model, inputs)
+
+
+def test_a_step_that_fails_is_named_with_its_number_and_what_would_go_on(net, inputs):
+    with pytest.raises(PassError, match=r"cannot be met(.|\n)*step 2 of 2, pass demand(.|\n)*less; .*on_break: soften"):
+        operate(net, inputs, "jitter", {"demand": {"factor": 0.5}})
+
+
+def test_a_step_that_made_the_model_slower_is_marked(net, inputs):
+    summary = report.summary(operate(net, inputs, "damp"))
+    slow = {"seconds": 1.0, "ratio": 0.5, "quartiles": [0.4, 0.6]}
+    times = {"steps": [{"original": slow, "result": slow, "step": slow}], "onnxruntime_latency": {}}
+    shown = next(table for table in report.tables(summary, times) if table.title == "After each step")
+    assert "SLOWER: 0.50× the speed before it" in shown.rows[0][-1].split("; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scale": torch.ones(3)}, r"input scale is float32 \(3,\)"),
+        ({"image": torch.ones(2, 3, 8, 9)}, r"input image is float32 \(2, 3, 8, 9\)"),
+        ({"image": torch.full((2, 3, 8, 8), torch.nan)}, "input image holds NaN"),
+    ],
+)
+def test_data_that_does_not_fit_is_named_by_role_batch_and_input(net, inputs, change, words):
+    good = {"image": torch.ones(2, 3, 8, 8), "scale": torch.ones(2)}
+    with pytest.raises(InputError, match=rf"{words}(.|\n)*calibration batch 1"):
+        operate(net, inputs, "damp", data=[good, good | change], budget=SPARE | {"accuracy_drop": 0.5})
+    labels = torch.zeros(2, dtype=torch.long)
+    data = Data(evaluation=[(good, labels), (good | change, labels)])
+    with pytest.raises(InputError, match=rf"{words}(.|\n)*evaluation batch 1"):
+        operate(net, inputs, "damp", data=data, budget=SPARE)
+
+
+def test_a_label_out_of_range_is_named_by_its_batch(net, inputs):
+    good = {"image": torch.ones(2, 3, 8, 8), "scale": torch.ones(2)}
+    data = Data(evaluation=[(good, torch.tensor([0, 1])), (good, torch.tensor([0, 5]))])
+    with pytest.raises(InputError, match=r"label 5 in the evaluation data(.|\n)*batch 1"):
+        operate(net, inputs, "damp", data=data, budget={"accuracy": 0.0})
+
+
+def test_a_budget_that_cannot_be_measured_says_what_to_bound_instead(net, inputs):
+    with pytest.raises(
+        RecipeError, match=r"cannot be measured: accuracy \(no labels\)(.|\n)*budget.accuracy=null --set"
+    ):
+        operate(net, inputs, "damp", budget={"accuracy": 0.5})
+
+
 def test_the_report_has_every_step_and_says_where_numbers_fell_and_time_did_not(net, inputs):
     operation = operate(net, inputs, {"damp": {}, "on_break": "undo"}, "jitter", budget=SPARE)
     summary = report.summary(operation)
@@ -359,7 +440,7 @@ def test_notes_of_a_pass_stand_in_the_report(net, inputs):
 
 
 def test_a_budget_that_cannot_be_measured_is_refused_before_the_first_pass(net, inputs):
-    with pytest.raises(RecipeError, match=r"the unmodified model breaks .* was not measured \(no labels\)"):
+    with pytest.raises(RecipeError, match=r"the budget cannot be measured: change of accuracy \(no labels\)"):
         operate(net, inputs, "explode", budget={"accuracy_drop": 0.01})
 
 

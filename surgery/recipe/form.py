@@ -50,8 +50,9 @@ class Recipe(BaseModel):
     budget: Budget = Field(default_factory=Budget)
     on_break: OnBreak = Field(
         "continue",
-        description="a step after which the budget is broken: keep it and `continue`, `undo` it, `soften` it (try it "
-        "milder, at last undo it), or undo it and `stop`; also beside a single pass",
+        description="a step that breaks the budget, or cannot do what it is asked for: `undo` it, `soften` it (try it "
+        "milder, at last undo it), undo it and `stop`, or `continue` (keep the one, fail with the other); also beside "
+        "a single pass",
     )
     export: list[Format] = Field(default=["onnx", "source"], description="files to write")
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset; by default the exporter's own")
