@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ HEAD = """# Benchmarks
 What the shipped recipes do to trained networks, without labels; `dense_sparse_dense` alone trains, towards the outputs
 of the network as it was, on the images that calibrate the others (`make bench BENCH="--recipes dense_sparse_dense"`).
 `make bench` writes this page: `make bench BENCH=quick` is its first part alone, `make bench BENCH=torchvision` the
-last. Top-1 is that of the ONNX
-file in ONNX Runtime. Times are those of ONNX Runtime on one thread, medians of calls in turn with the unchanged model;
+last. Top-1 is that of the ONNX file in ONNX Runtime. Times are those of ONNX Runtime on one thread, medians of calls in turn with the unchanged model;
 `faster` is the median of the ratios, quartiles in brackets. Pack is `model.surgery`, source and weights entropy-coded.
 Numbers in brackets are shares of the original's. Seconds are those of the whole run, with its proof, on 2 shared cores.
+All figures with their digits: [benchmarks.jsonl](benchmarks.jsonl).
 """
 QUICK = 256
 """Images that calibrate in the quick benchmark."""
@@ -25,7 +26,10 @@ COLUMNS += ["parity", "s"]
 
 
 def write_page(path: Path, rows: Sequence[Row], plans: Mapping[str, Any]) -> None:
-    """`plans`: the shipped recipes as they are now; rows of other recipes, or of earlier versions, are left out."""
+    """`plans`: the shipped recipes as they are now; rows of other recipes, or of earlier versions, are left out.
+
+    The rows are written beside the page: `bench.py page --rows docs/benchmarks.jsonl` writes it anew.
+    """
     present = [row for row in rows if row["recipe"] == "original" or _is_present(row, plans)]
     trained = [row for row in present if row["kind"] == "cifar10"]
     groups = dict.fromkeys((row["weights"], row["depth"], row["calibration"]) for row in trained)
@@ -37,6 +41,7 @@ def write_page(path: Path, rows: Sequence[Row], plans: Mapping[str, Any]) -> Non
     parts.append("\n".join(_zoo([row for row in present if row["kind"] == "torchvision"])))
     parts.append("\n".join(_commands(plans)))
     path.write_text("\n".join(part for part in parts if part).rstrip() + "\n")
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in present))
 
 
 def _is_present(row: Row, plans: Mapping[str, Any]) -> bool:
