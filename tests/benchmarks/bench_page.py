@@ -14,9 +14,10 @@ HEAD = """# Benchmarks
 What the shipped recipes do to trained networks, without labels; `dense_sparse_dense` alone trains, towards the outputs
 of the network as it was, on the images that calibrate the others (`make bench BENCH="--recipes dense_sparse_dense"`).
 `make bench` writes this page: `make bench BENCH=quick` is its first part alone, `make bench BENCH=torchvision` the
-last. Top-1 is that of the ONNX file in ONNX Runtime. Times are those of ONNX Runtime on one thread, medians of calls in turn with the unchanged model;
-`faster` is the median of the ratios, quartiles in brackets. Pack is `model.surgery`, source and weights entropy-coded.
-Numbers in brackets are shares of the original's. Seconds are those of the whole run, with its proof, on 2 shared cores.
+last. Top-1 is that of the ONNX file in ONNX Runtime. Times are those of ONNX Runtime on one thread, medians of calls
+in turn with the unchanged model; `faster` is the median of the ratios, quartiles in brackets. Pack is `model.surgery`,
+source and weights entropy-coded. Numbers in brackets are shares of the original's. Seconds are those of the whole run,
+with its proof, on 2 shared cores.
 All figures with their digits: [benchmarks.jsonl](benchmarks.jsonl).
 """
 QUICK = 256
