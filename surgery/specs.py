@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .data import import_object
 from .errors import InputError, ModelError
 from .inputs import Inputs
+from .tracing import user_line
 
 _SPEC = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?:<(?P<limit>\d+))?")
 
@@ -58,7 +59,9 @@ def model_from(name: str) -> tuple[nn.Module, Any]:
         made = factory if isinstance(factory, nn.Module) else factory()
     except Exception as error:
         raise ModelError(
-            f"{name} fails: {type(error).__name__}: {error}", fix="the factory is called without arguments"
+            f"{name} fails: {type(error).__name__}: {error}",
+            at=user_line(error),
+            fix="mend the factory; it is called without arguments",
         ) from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

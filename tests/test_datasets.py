@@ -468,6 +468,14 @@ def test_labels_out_of_range_or_of_wrong_count_are_refused_whatever_the_data(lab
     with pytest.raises(InputError) as caught:
         surgery.verify(model, model, data.evaluation, labelled=True)
     assert message in str(caught.value)
+    assert "batch 1" in str(caught.value)
+
+
+def test_a_function_that_fails_is_shown_with_its_own_line(tmp_path, monkeypatch):
+    (tmp_path / "own_batches.py").write_text("def data():\n    return [1 / 0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"ZeroDivisionError(.|\n)*own_batches.py:2: return \[1 / 0\]"):
+        data_from("own_batches:data")
 
 
 # --- docs ---

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import Data, import_object
 from ..errors import InputError
+from ..tracing import user_line
 from . import cifar10, digits, imagefolder
 from .options import Options, parse
 
@@ -63,5 +64,7 @@ def _called(name: str) -> Data:
         raise
     except Exception as error:  # whatever the user's function raises
         raise InputError(
-            f"{name} fails: {type(error).__name__}: {error}", fix="the function is called without arguments"
+            f"{name} fails: {type(error).__name__}: {error}",
+            at=user_line(error),
+            fix="mend the function; it is called without arguments",
         ) from error
