@@ -189,8 +189,10 @@ def _comparison(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table
 
 
 def _parameters(weights: Mapping[str, Any]) -> int:
-    """0 where a part of what is stored is none, but integers and indices, so that the number says nothing; statistics of
-    BatchNorm are a hundredth."""
+    """0 where a part of what is stored is none, but integers and indices, so that the number says nothing.
+
+    Statistics of BatchNorm are a hundredth of it.
+    """
     return int(weights["parameters"]) if weights["parameter_bytes"] > 0.95 * weights["stored_bytes"] else 0
 
 
