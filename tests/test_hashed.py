@@ -402,3 +402,18 @@ OF_SMALL_LAYERS = ("transposed_conv", "shared_module", "functional_conv", "atten
 @pytest.mark.parametrize(("step", "network"), contract_cases([Hashed(min_weights=1)], networks(*OF_SMALL_LAYERS)))
 def test_hashing_small_layers_keeps_the_contract(step, network):
     check_pass(step, network)
+
+
+def test_groups_that_see_only_zeros_keep_values_that_a_weight_can_hold() -> None:
+    """A depthwise layer before a BatchNorm: with a gain of next to nothing, the values of dead channels overflowed."""
+    torch.manual_seed(0)
+    stem, depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, groups=8, bias=False)
+    with torch.no_grad():
+        stem.weight[:6], stem.bias[:6] = 0, -1
+    model = nn.Sequential(stem, nn.ReLU(), depthwise, nn.BatchNorm2d(8)).eval()
+    x = torch.randn(16, 3, 8, 8)
+    recipe = {"name": "dead channels", "passes": [{"hashed": {"factor": 0.5, "min_weights": 1, "select": ["2"]}}]}
+    small = surgery.operate(model, x[:2], recipe, data=surgery.Data([x]), latency_rounds=0)
+    assert small.reports[0].edits
+    with torch.no_grad():
+        assert bool(small.model(x).isfinite().all())
