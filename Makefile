@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench grouped-bench deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench grouped-bench widths deep-compression kills composition clean
 
 install: $(STAMP)
 
@@ -82,6 +82,10 @@ hashed-bench: install
 # which grouped convolutions the runtime is fast with
 grouped-bench: install
 	$(BIN)/python tests/benchmarks/grouped.py $(GROUPED)
+
+# how many channels the runtime is fast with
+widths: install
+	$(BIN)/python tests/benchmarks/widths.py $(WIDTHS)
 
 # one recipe killed at random moments and resumed
 kills: install

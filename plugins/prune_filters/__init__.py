@@ -69,8 +69,8 @@ class PruneFilters(Pass):
     round_to: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"],
         Field(
-            description="what is left of a group is a multiple of this; auto = what kernels are fastest with: 8 in a"
-            " group of 64 units or more, 4 from 8 on, 2 from 4 on"
+            description="what is left of a group is a multiple of this; auto = what kernels are fastest with: 16 in"
+            " a group of 24 units or more, 4 from 8 on, 2 from 4 on"
         ),
     ] = 1
     steps: Annotated[int, Field(ge=1, description="remove a little, solve anew, judge again, so many times")] = 1
