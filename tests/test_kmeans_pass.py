@@ -75,8 +75,8 @@ def linear(inputs: int = 40, outputs: int = 30) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs))
 
 
-def on(model: nn.Module, step: Kmeans, inputs: int = 40) -> tuple[CapturedModel, PassReport]:
-    captured = capture(model.eval(), torch.randn(2, inputs))
+def on(model: nn.Module, step: Kmeans, *inputs: int) -> tuple[CapturedModel, PassReport]:
+    captured = capture(model.eval(), torch.randn(2, *(inputs or (40,))))
     return step(captured, Context(captured))
 
 
@@ -329,9 +329,12 @@ def test_a_size_for_the_whole_layer_is_refused() -> None:
 # --- ONNX ---
 
 
-def test_the_file_holds_little_more_than_the_indices_and_the_runtime_folds_them(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("rows", "folded"), [((3,), ["Gemm"]), ((2, 3), ["MatMul", "Add"])])
+def test_the_file_holds_little_more_than_the_indices_and_the_runtime_folds_them(
+    tmp_path: Any, rows: tuple[int, ...], folded: list[str]
+) -> None:
     torch.manual_seed(0)
-    after, _ = on(nn.Sequential(nn.Linear(512, 1024)), Kmeans(bits=3), 512)
+    after, _ = on(nn.Sequential(nn.Linear(512, 1024)), Kmeans(bits=3), *rows[1:], 512)
     path = surgery.export_onnx(after, after.inputs, tmp_path / "model.onnx")
     assert path.stat().st_size < 1.1 * packed_bytes(512 * 1024, 3)
     options = onnxruntime.SessionOptions()
@@ -339,7 +342,7 @@ def test_the_file_holds_little_more_than_the_indices_and_the_runtime_folds_them(
     session = onnxruntime.InferenceSession(path, options)
     import onnx
 
-    assert [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node] == ["Gemm"]
-    x = torch.randn(3, 512)
+    assert [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node] == folded
+    x = torch.randn(*rows, 512)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), after(x), rtol=1e-5, atol=1e-5)

@@ -94,16 +94,16 @@ def _leaves(node: ir.Node, inside: set[ir.Node]) -> Iterator[ir.Value]:
 
 
 def _bytes(value: ir.Value) -> float:
-    value = _shaped(value)
-    if value.shape is None or value.dtype is None or not value.shape.is_static():
-        return 0
-    return prod(value.shape.numpy()) * value.dtype.itemsize
-
-
-def _shaped(value: ir.Value) -> ir.Value:
-    """`value`, or what it is cast from where its own shape is not known."""
-    producer = value.producer()
-    while value.shape is None and producer is not None and producer.op_type in ("Cast", "Identity"):
-        value = producer.inputs[0] or value
-        producer = value.producer()
-    return value
+    """Of `value`; where its shape is not known yet, as many elements as the largest value that it is computed from."""
+    sizes, seen, todo = [0], {value}, [value]
+    dtype = value.dtype
+    while todo:
+        current = todo.pop()
+        dtype = dtype or current.dtype
+        if current.shape is not None and current.shape.is_static():
+            sizes.append(prod(current.shape.numpy()))
+        elif (producer := current.producer()) is not None:
+            before = [v for v in producer.inputs if v is not None and v not in seen]
+            todo += reversed(before)
+            seen.update(before)
+    return max(sizes) * dtype.itemsize if dtype is not None else 0
