@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from .racing import onnx_latency as onnx_latency
     from .registry import Registry as Registry
     from .replacement import Operator as Operator
+    from .replacement import add_buffer as add_buffer
     from .replacement import bypass as bypass
     from .replacement import replace_layer as replace_layer
     from .targets import Target as Target
@@ -161,7 +162,7 @@ _HOME = {
     "quantizers": ("WeightQuantizer",),
     "racing": ("onnx_latency",),
     "registry": ("Registry",),
-    "replacement": ("Operator", "bypass", "replace_layer"),
+    "replacement": ("Operator", "add_buffer", "bypass", "replace_layer"),
     "targets": ("Target",),
     "verification": ("verify",),
 }

@@ -8,18 +8,17 @@ positions of shared values. A runtime folds that when it loads the file; trainin
 
 from __future__ import annotations
 
-from itertools import count
-
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .captured import CapturedModel
 from .contract import snapshot
 from .graph import remove_unused
 from .names import get_attribute
 from .operands import constants, evaluate, expression
+from .replacement import add_buffer
 
 PREFIX = "hoisted"
-"""Of the buffers' names, with a number behind."""
+"""Of the buffers' names."""
 
 
 def hoisted(model: CapturedModel) -> CapturedModel:
@@ -66,13 +65,7 @@ def _keep(model: CapturedModel, node: fx.Node) -> None:
     value = evaluate(nodes, {n: get_attribute(model, str(n.target)) for n in nodes if n.op == "get_attr"})
     if not isinstance(value, Tensor):
         return
-    name = _free_name(model)
-    model.register_buffer(name, value, persistent=False)
     with model.graph.inserting_before(node):
-        reader = model.graph.get_attr(name)
+        reader = add_buffer(model, PREFIX, value, persistent=False)
     reader.meta = dict(node.meta)
     node.replace_all_uses_with(reader)
-
-
-def _free_name(model: nn.Module) -> str:
-    return next(name for number in count() if not hasattr(model, name := f"{PREFIX}_{number}"))

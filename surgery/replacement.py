@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from itertools import chain, count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .graph import Layer, remove_unused, weight_expression
@@ -126,6 +128,19 @@ def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str,
         value.meta["tensor_meta"] = node.meta["tensor_meta"]
     node.replace_all_uses_with(value)
     graph.erase_node(node)
+
+
+def add_buffer(model: fx.GraphModule, name: str, value: Tensor, *, persistent: bool = True) -> fx.Node:
+    """A new node, where the graph inserts, that reads `value`, which becomes a buffer of the model, on its device.
+
+    Its name is `name` or, where that is taken, `name` with the first free number behind.
+    """
+    names = chain([name], (f"{name}_{number}" for number in count(1)))
+    free = next(name for name in names if not hasattr(model, name))
+    model.register_buffer(free, value.to(next((p.device for p in model.parameters()), value.device)), persistent)
+    node = model.graph.get_attr(free)
+    node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+    return node
 
 
 def bypass(model: fx.GraphModule, node: fx.Node) -> None:

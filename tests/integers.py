@@ -5,8 +5,27 @@ from __future__ import annotations
 import onnx
 import onnxruntime as ort
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import surgery
+
+
+class HardGates(nn.Module):
+    """hardswish twice, and a squeeze-and-excite block with a hardsigmoid, as in MobileNetV3 (Howard et al. 2019)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        with torch.no_grad():
+            self.first.weight.mul_(20)  # beyond both ends of the gate
+            self.excite.weight.mul_(20)
+
+    def forward(self, x):
+        x = F.hardswish(self.second(F.hardswish(self.first(x))))
+        x = x * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        return self.last(x)
 
 
 def exported(model, folder, **options):

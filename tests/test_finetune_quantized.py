@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integers import exported, session_outputs, steps_apart
+from integers import HardGates, exported, session_outputs, steps_apart
 from surgery_plugins.quantize import aware
 from surgery_plugins.quantize.fixed_point import sqnr
 from surgery_plugins.quantize.quantizers import QUANTIZERS
@@ -197,6 +197,24 @@ def test_the_twin_computes_what_the_integers_compute_before_and_after_training(o
         with torch.no_grad():
             assert torch.equal(one(images), other(images))
     assert not torch.equal(model(images), untrained(images))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_twin_of_hard_gates_computes_what_the_integers_compute(bits, twins):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 10, 10)
+    original, data = surgery.capture(HardGates().eval(), x), [x]
+    options = {"original": original, "activation_bits": bits}
+    untrained, _ = apply("quantize", original, data, **options)
+    model, report = apply("quantize", original, data, **options, training={"epochs": 2, "learning_rate": 1e-4})
+    assert not any("no gradient" in note for note in report.notes)
+    [(twin, before)] = twins
+    for one, other in ((before, untrained), (twin, model)):
+        with torch.no_grad():
+            assert torch.equal(one(x), other(x))
+    named = dict(twin.named_parameters())
+    gradients = torch.autograd.grad(twin(x).square().sum(), list(named.values()))
+    assert not [name for name, gradient in zip(named, gradients, strict=True) if not gradient.any()]
 
 
 def test_a_model_of_few_bits_regains_its_accuracy_without_a_label(tmp_path):

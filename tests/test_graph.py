@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from surgery import RecipeError
 from surgery.captured import capture
 from surgery.graph import Layer, layers, leaf_inputs, matches, propagate, remove_unused, shape, sharing, tied
 from surgery.names import get_attribute, set_module, tensors
-from surgery.replacement import Operator, bypass, replace_layer
+from surgery.replacement import Operator, add_buffer, bypass, replace_layer
 from surgery.testing import NETWORKS
 
 
@@ -245,6 +245,20 @@ def test_operators_among_the_parts_are_calls_with_their_parameters_below_the_lay
     torch.testing.assert_close(model(x), expected)
     assert "2.0.bias" in model.state_dict()
     assert not any(isinstance(module, Operator) for module in model.modules())
+
+
+def test_a_new_buffer_takes_the_first_free_name():
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3)))
+    model.register_buffer("order", torch.zeros(3))
+    [*_, output] = model.graph.nodes
+    values = [torch.ones(3), torch.arange(3), torch.tensor(2.0)]
+    with model.graph.inserting_before(output):
+        nodes = [add_buffer(model, "order", value, persistent=value.ndim > 0) for value in values]
+    assert [node.target for node in nodes] == ["order_1", "order_2", "order_3"]
+    assert all(torch.equal(tensors(model)[node.target], value) for node, value in zip(nodes, values, strict=True))
+    assert [shape(node) for node in nodes] == [(3,), (3,), ()]
+    assert model.state_dict().keys() >= {"order", "order_1", "order_2"}
+    assert "order_3" not in model.state_dict()
 
 
 def test_an_operator_is_a_module_that_does_the_same():

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from integers import exported, session_outputs, steps_apart
+from integers import HardGates, exported, session_outputs, steps_apart
 from surgery_plugins.quantize import Quantize
 from surgery_plugins.quantize.counting import FLOAT_LAYERS, kernels
 from torch import nn
@@ -133,6 +133,40 @@ def test_every_value_of_the_runtime_is_within_one_step_of_the_simulation(tmp_pat
     assert max(steps_apart(after, exported(after, tmp_path), x)) <= 1
 
 
+def test_hardswish_and_hardsigmoid_are_sums_and_products_of_integers(tmp_path):
+    torch.manual_seed(0)
+    model, x = HardGates().eval(), torch.randn(32, 3, 10, 10)
+    after, report = quantised(model, x)
+    path = exported(after, tmp_path)
+    found = kernels(path)
+    assert {kind: found.count[kind] for kind in ("QLinearConv", "QLinearAdd", "QLinearMul")} == {
+        "QLinearConv": 5,
+        "QLinearAdd": 3,
+        "QLinearMul": 3,
+    }
+    assert found.count.keys() & {"HardSigmoid", "Mul", *FLOAT_LAYERS} == set()
+    assert not report.notes
+    assert max(steps_apart(after, path, x)) <= 1
+    with torch.no_grad():
+        wanted, given = model(x), after(x)
+    assert (given - wanted).norm() < 0.032 * wanted.norm()  # 0.0291 here, 0.0292 with the gates in float
+
+
+def test_a_hardsigmoid_of_floats_stays_what_it_is():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return F.hardsigmoid(self.last(F.hardswish(self.first(x).exp())))
+
+    after, _ = quantised(Late(), torch.randn(4, 3, 8, 8))
+    kinds = [str(node.target) for node in after.graph.nodes]
+    assert kinds.count("aten.hardsigmoid.default") == 2
+    assert "aten.add.Tensor" not in kinds
+
+
 @pytest.mark.parametrize("bits", [4, 7, 8])
 def test_convolutions_round_as_the_runtime_does_to_the_last_value(bits, tmp_path):
     torch.manual_seed(0)
@@ -158,10 +192,11 @@ def test_weights_of_4_bits_are_int4_in_the_file_from_opset_21_on(tmp_path):
     assert 0.35 * weights < sizes[18] - sizes[21] <= 0.5 * weights
 
 
-def test_fewer_bits_of_activations_are_the_same_in_the_runtime(tmp_path):
+@pytest.mark.parametrize("network", [mobile, HardGates])
+def test_fewer_bits_of_activations_are_the_same_in_the_runtime(network, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
-    after, _ = quantised(mobile(), x / 2, activation_bits=4)
+    after, _ = quantised(network(), x / 2, activation_bits=4)
     given = session_outputs(exported(after, tmp_path), x)[0]  # twice as large as what was seen
     assert (given - after(x)).abs().max() <= 1e-5 * after(x).abs().max()
 

@@ -125,17 +125,35 @@ def _multiples(graph: fx.Graph, bias: fx.Node, scale: fx.Node, factor: float) ->
     integers = call(aten.round.default, call(aten.div.Tensor, exact, call(aten.mul.Tensor, step, factor)))
     short = call(aten._to_copy.default, integers, dtype=torch.float32)
     value = call(aten.detach.default, call(aten.mul.Tensor, short, call(aten.mul.Tensor, scale, factor)))
-    carrier = call(aten.sub.Tensor, bias, call(aten.detach.default, bias))
-    return call(aten.add.Tensor, value, carrier)
+    return _with_gradient(graph, value, bias)
 
 
 def _round_value(graph: fx.Graph, node: fx.Node) -> None:
     """A pair that ends in `node` as one operator with a gradient; it rounds alike."""
-    value, (scale, zero, low, high) = node.args[0].args[0], node.args[1:5]  # type: ignore[union-attr]
+    pair: Any = node.args[0]
+    if pair.target is not operators.quantize_per_tensor.default:  # a constant
+        return
+    value, own = pair.args[0], pair.args[1:5]
+    scale, *_ = own
     with graph.inserting_before(node):
-        fake = graph.call_function(aten.fake_quantize_per_tensor_affine.default, (value, scale, zero, low, high))
+        fake = graph.call_function(aten.fake_quantize_per_tensor_affine.default, (value, *own))
+        if node.args[1] != scale:
+            fake = _scaled(graph, fake, scale, node.args[1])
     node.replace_all_uses_with(fake)
     graph.erase_node(node)
+
+
+def _scaled(graph: fx.Graph, fake: fx.Node, scale: Any, other: Any) -> fx.Node:
+    """Multiples of `scale` as those of `other`, as a runtime has them that reads the integers so."""
+    integers = graph.call_function(aten.round.default, (graph.call_function(aten.div.Tensor, (fake, scale)),))
+    exact = graph.call_function(aten.detach.default, (graph.call_function(aten.mul.Tensor, (integers, other)),))
+    return _with_gradient(graph, exact, graph.call_function(aten.mul.Tensor, (fake, other / scale)))
+
+
+def _with_gradient(graph: fx.Graph, value: fx.Node, other: fx.Node) -> fx.Node:
+    """`value`, with the gradient of `other`."""
+    zero = graph.call_function(aten.sub.Tensor, (other, graph.call_function(aten.detach.default, (other,))))
+    return graph.call_function(aten.add.Tensor, (value, zero))
 
 
 def _readers(graph: fx.Graph, name: str) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 linear(x (…, I))            →   reshape(linear(reshape(x, (-1, I))))     a Gemm and not a MatMul with an Add
 silu(x)                     →   x sigmoid(x)
+hardswish(x)                →   x hardsigmoid(x)
 mean over all pixels        →   avg_pool2d with a window as large
 dropout, clone, contiguous  →   nothing
 """
@@ -9,6 +10,7 @@ dropout, clone, contiguous  →   nothing
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,10 +99,10 @@ def _drop(model: CapturedModel, node: fx.Node) -> None:
             other.target = aten.reshape.default
 
 
-def _split_silu(model: CapturedModel, node: fx.Node) -> None:
+def _split(gate: Any, model: CapturedModel, node: fx.Node) -> None:
+    """`gate`(x) x"""
     with model.graph.inserting_before(node):
-        gate = _call(model.graph, aten.sigmoid.default, _first(node))
-        product = _call(model.graph, aten.mul.Tensor, _first(node), gate)
+        product = _call(model.graph, aten.mul.Tensor, _first(node), _call(model.graph, gate, _first(node)))
     _put(model.graph, node, product)
 
 
@@ -130,7 +132,8 @@ def _pool_evenly(model: CapturedModel, node: fx.Node) -> None:
 
 
 _RULES: dict[Any, Any] = {
-    aten.silu.default: _split_silu,
+    aten.silu.default: partial(_split, aten.sigmoid.default),
+    aten.hardswish.default: partial(_split, aten.hardsigmoid.default),
     aten.mean.dim: _pool_mean,
     aten.adaptive_avg_pool2d.default: _pool_evenly,
 }

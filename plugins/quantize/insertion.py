@@ -3,12 +3,14 @@
     x → conv(·, W, b) → relu → y
     x → Q → DQ → conv(·, DQ(W₈), DQ(b₃₂)) → relu → Q → DQ → y         b₃₂ at the scale s_x s_w
 
+    hardsigmoid(DQ(x₈, s)) → DQ(x₈, s/6) + DQ(1, ½)         what is below 0 or above 1 is cut off by the grid behind it
+
 The operators are those of `torch.ops.quantized_decomposed`, which export as QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +20,8 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the o
 import surgery
 from surgery import CapturedModel, Layer
 
-from .placement import Placement
-from .scheme import Scheme
+from .placement import HARDSIGMOID, Placement
+from .scheme import Scheme, hardsigmoid_terms
 from .shared import Rounded
 
 operators = torch.ops.quantized_decomposed
@@ -36,6 +38,8 @@ def insert_pairs(placement: Placement, schemes: Mapping[fx.Node, Scheme]) -> Non
     graph = placement.model.graph
     rounded = {value: placement.is_rounded(value) for value in placement.values}
     integer = {node for node in graph.nodes if placement.is_integer(node)}
+    gates = [node for node in placement.joins if placement.kind(node) == HARDSIGMOID]
+    sums = {node: schemes[placement.values[source]] for node in gates for source in placement.reads(node)}
     for value, root in placement.values.items():
         users = [user for user in value.users if rounded[value] or user in integer]
         pair = _pair(graph, value, schemes[root])
@@ -43,6 +47,8 @@ def insert_pairs(placement: Placement, schemes: Mapping[fx.Node, Scheme]) -> Non
             user.replace_input_with(value, pair)
         if rounded[value] and placement.producer(value) is not value:  # the ends of the grid do what it does
             surgery.bypass(placement.model, value)
+    for node, scheme in sums.items():
+        _write_as_sum(placement.model, node, hardsigmoid_terms(scheme))
 
 
 def is_quantised(model: CapturedModel) -> bool:
@@ -127,16 +133,34 @@ def _set_bias(model: CapturedModel, node: fx.Node, name: str, integers: Tensor, 
 def _pair(graph: fx.Graph, value: fx.Node, scheme: Scheme) -> fx.Node:
     """The rounded `value`."""
     grid = scheme.grid
-    options = (float(scheme.scale), int(scheme.zero_point), grid.low, grid.high, torch.uint8)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1] if value.op == "placeholder" else value
     if grid.high < UINT8:  # ONNX rounds to all of uint8: the ends of fewer bits are cut off before
         ends = [float(scheme.dequantise(torch.tensor(float(end)))) for end in (grid.low, grid.high)]
         with graph.inserting_after(last):
             value = last = graph.call_function(torch.ops.aten.clamp.default, (value, *ends))
     with graph.inserting_after(last):
-        integers = graph.call_function(operators.quantize_per_tensor.default, (value, *options))
+        integers = graph.call_function(operators.quantize_per_tensor.default, (value, *_options(scheme)))
     with graph.inserting_after(integers):
-        return graph.call_function(operators.dequantize_per_tensor.default, (integers, *options))
+        return _dequantise(graph, integers, scheme)
+
+
+def _dequantise(graph: fx.Graph, integers: fx.Node, scheme: Scheme) -> fx.Node:
+    return graph.call_function(operators.dequantize_per_tensor.default, (integers, *_options(scheme)))
+
+
+def _options(scheme: Scheme) -> tuple[float, int, int, int, torch.dtype]:
+    return float(scheme.scale), int(scheme.zero_point), scheme.grid.low, scheme.grid.high, torch.uint8
+
+
+def _write_as_sum(model: CapturedModel, node: fx.Node, terms: Sequence[Scheme]) -> None:
+    graph, integers = model.graph, _first(_first(node))
+    with graph.inserting_before(node):
+        one = surgery.add_buffer(model, f"{node.name}_one", torch.tensor(1, dtype=torch.uint8))
+        added = [_dequantise(graph, value, term) for value, term in zip((integers, one), terms, strict=True)]
+        result = graph.call_function(torch.ops.aten.add.Tensor, tuple(added))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _is_dequantise(node: fx.Node) -> bool:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from surgery import CapturedModel, Target
 
 
+HARDSIGMOID = "aten.hardsigmoid.default"
+"""The join that is written as a sum."""
+
+
 def kind(model: CapturedModel, node: fx.Node) -> str:
     """Class of a layer, or name of an operator."""
     if node.op == "call_module":

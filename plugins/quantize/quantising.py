@@ -6,7 +6,7 @@ fold BatchNorm → place → observe → insert the pairs → round the weights,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +22,8 @@ from .fitting import Fitted, fit, weight_options
 from .forms import rewrite
 from .insertion import insert_pairs, integer_layer, is_quantised
 from .observers import OBSERVERS
-from .placement import Placement
-from .scheme import Grid, Scheme, affine
+from .placement import HARDSIGMOID, Placement
+from .scheme import Grid, Scheme, affine, hardsigmoid_terms
 from .sensitivity import Rounding, Sensitivity
 from .shared import Lookup
 from .targets import has_vnni
@@ -80,8 +80,8 @@ class Quantisation:
         """Integers in `model`; what was edited, and notes on what was not."""
         chosen = _named(model, names)
         placement = Placement(model, self.target, {node for layer in chosen for node in layer.nodes})
-        insert_pairs(placement, self._observe(placement))
         left = self._left(placement)
+        insert_pairs(placement, self._observe(placement))
         start = surgery.snapshot(model) if train else model  # fitting has each layer see those before it rounded
         fitted = fit(self.step, self.bits, start, reference, _named(start, names), lookups, self.context)
         if train:
@@ -196,9 +196,16 @@ class Quantisation:
             found[node] = replace(scheme, scale=scheme.scale.float().double())  # as the exported file has it
         for node in roots:  # in the order of the graph: what is added comes before the sum
             added = placement.producer(node)
-            if added in placement.joins and placement.kind(added) == "aten.add.Tensor":
-                found[node] = untied_sum(found[node], [found[placement.values[term]] for term in added.all_input_nodes])
+            if added in placement.joins and (terms := self._terms(placement, added, found)):
+                found[node] = untied_sum(found[node], terms)
         return found
+
+    def _terms(self, placement: Placement, node: fx.Node, schemes: Mapping[fx.Node, Scheme]) -> Sequence[Scheme] | None:
+        """Of a sum."""
+        read = [schemes[placement.values[source]] for source in placement.reads(node)]
+        if placement.kind(node) == HARDSIGMOID:
+            return hardsigmoid_terms(*read)
+        return read if placement.kind(node) == "aten.add.Tensor" else None
 
     def _write(
         self, model: CapturedModel, chosen: list[Layer], fitted: Mapping[str, Fitted], lookups: Mapping[str, Lookup]

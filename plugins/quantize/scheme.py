@@ -7,7 +7,7 @@ Halves round to even, as QuantizeLinear of ONNX has it (Jacob et al. 2018, arXiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,3 +90,9 @@ def affine(
     scale = ((high - low) / grid.steps).clamp_min(SMALLEST)
     zero = (grid.low - low / scale).round().clamp(grid.low, grid.high)
     return Scheme(scale, zero.long(), grid, axis)
+
+
+def hardsigmoid_terms(x: Scheme) -> tuple[Scheme, Scheme]:
+    """Of the sum x/6 + ½, which hardsigmoid(x) is between 0 and 1: `x` read with a sixth of its scale, and 1 with ½."""
+    half = Scheme(torch.tensor(0.5, dtype=torch.float64), torch.tensor(0), Grid(1, 1))
+    return replace(x, scale=(x.scale / 6).float().double()), half

@@ -19,6 +19,7 @@ ONNXRUNTIME_CPU = Target(
             "aten.avg_pool2d.default",
             "aten.adaptive_avg_pool2d.default",
             "aten.sigmoid.default",
+            "aten.hardsigmoid.default",  # as the sum that it is
             "aten.leaky_relu.default",
         }
     ),

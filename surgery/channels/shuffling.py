@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from ..captured import CapturedModel
 from ..names import get_attribute
+from ..replacement import add_buffer
 from ..vocabulary import arguments
 from .values import Axis, Value
 
@@ -141,16 +141,7 @@ def replace_shuffle(
 
 def _selected(model: CapturedModel, shuffle: Shuffle, source: fx.Node, order: Tensor) -> fx.Node:
     last = shuffle.nodes[-1]
-    name, number = f"{last.name}_order", 0
-    while hasattr(model, name):
-        name, number = f"{last.name}_order_{number}", number + 1
-    model.register_buffer(name, order.to(_device(model)))
-    index = model.graph.get_attr(name)
-    index.meta["tensor_meta"] = _extract_tensor_metadata(order)
+    index = add_buffer(model, f"{last.name}_order", order)
     new = model.graph.call_function(aten.index_select.default, (source, shuffle.dim, index))
     new.meta.update({k: v for k, v in last.meta.items() if k in ("tensor_meta", "module_path")})
     return new
-
-
-def _device(model: CapturedModel) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
