@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .datasets import data_from as data_from
     from .errors import BudgetError as BudgetError
     from .errors import CaptureError as CaptureError
+    from .errors import CrashError as CrashError
     from .errors import ExportError as ExportError
     from .errors import InputError as InputError
     from .errors import ModelError as ModelError
@@ -134,6 +135,7 @@ _HOME = {
     "errors": (
         "BudgetError",
         "CaptureError",
+        "CrashError",
         "ExportError",
         "InputError",
         "ModelError",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--input",
             "shapes",
             multiple=True,
-            metavar="[NAME=]SHAPE[:DTYPE]",
-            help="Example input such as 1x3x32x32 or ids=1x16:int64; once per input.",
+            metavar="[NAME=]SHAPE[:DTYPE][<LIMIT]",
+            help="Example input such as 1x3x32x32 or ids=1x16:int64<1000 (integers below it); once per input.",
         ),
     )
     for option in reversed(options):
@@ -204,10 +205,12 @@ def show(name: str, as_json: bool) -> None:
         (key, json.dumps(option.get("default")), range_in_words(option), option.get("description", ""))
         for key, option in schema["properties"].items()
     )
+    strength = list(cls.strength)
     if not as_json:
-        click.echo(f"{name}\n\n{cls.__doc__}\n")
+        softened = ", ".join(strength) or "none, so that it cannot be softened"
+        click.echo(f"{name}\n\n{cleandoc(cls.__doc__ or '')}\n\nStrength (`on_break: soften`): {softened}\n")
     print_result(
-        {"pass": name, "doc": cls.__doc__, "options": schema},
+        {"pass": name, "doc": cls.__doc__, "strength": strength, "options": schema},
         [Table("Options", ("option", "default", "type", "meaning"), rows)],
         as_json,
     )

@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
+
+NAMED = 12
+"""Names in an error, at most."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,18 @@ def import_object(reference: str, purpose: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(
-            f"{purpose}: module {module_name!r} cannot be imported: {error}", fix="is it in this folder or installed?"
-        ) from error
+        file = Path(module_name)
+        fix = f"write {file.stem}:{name}" if file.suffix == ".py" else "is it in this folder or installed?"
+        raise InputError(f"{purpose}: module {module_name!r} cannot be imported: {error}", fix=fix) from error
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            public = [n for n in dir(module) if not n.startswith("_")]
-            raise InputError(f"{purpose}: {module_name} has no {name!r}", fix=f"it has {', '.join(public[:12])}")
+            public = [n for n in vars(value) if not n.startswith("_")]
+            own = [n for n in public if getattr(getattr(value, n, None), "__module__", None) == module_name]
+            listed = ", ".join(own[:NAMED]) + (", …" if len(own) > NAMED else "")
+            raise InputError(
+                f"{purpose}: {module_name} has no {name!r}{did_you_mean(part, public)}",
+                fix=f"it defines {listed or 'nothing'}",
+            )
         value = getattr(value, part)
     return value

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SurgeryError(Exception):
     """Base of all errors of this SDK.
@@ -41,6 +44,10 @@ class PassError(SurgeryError):
     """A pass failed on this model. The model stands as it was before the pass."""
 
 
+class CrashError(PassError):
+    """A pass failed in a way that it does not foresee. Its author must act; no `on_break` goes on from here."""
+
+
 class ExportError(SurgeryError):
     """The model could not be written in the format asked for."""
 
@@ -53,3 +60,9 @@ class BudgetError(SurgeryError):
     """The result breaks the recipe's budget. Artifacts and report are kept."""
 
     exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question to put behind an unknown `name`; empty where no known one is near."""
+    close = get_close_matches(name, list(known), 3, 0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

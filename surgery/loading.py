@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def _read(file: Path) -> Any:
     if not file.is_file():
-        raise ModelError(f"there is no weights file {file}")
+        raise ModelError(f"there is no weights file {file}", fix="check the path")
     try:
         if file.suffix == ".safetensors":
             return load_file(str(file))

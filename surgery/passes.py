@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, final
 
 from pydantic import ConfigDict, Field
 
-from .errors import PassError, PluginError, RecipeError, SurgeryError
+from .errors import CrashError, PassError, PluginError, RecipeError, SurgeryError, did_you_mean
 from .named import Named
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ class Pass(Named, ABC):
         """Run the pass under the contract: the edited copy and its report. `model` is not changed.
 
         Raises:
-            PassError: the pass failed, or its result does not run, has other outputs or is not exact where it says so.
+            PassError: the pass cannot do what it is asked for, or its result has other outputs or is not exact where it
+                says so; CrashError, which is one: it raised something else.
             PluginError: the pass broke the contract: wrong return, a report that does not match what it did, weights
                 written in place, an edit or skip without a reason.
         """
@@ -202,7 +203,7 @@ class Pass(Named, ABC):
         except SurgeryError:
             raise
         except Exception as error:
-            raise PassError(
+            raise CrashError(
                 f"{type(error).__name__}: {error}",
                 at=f"pass {self.name()}",
                 fix="the model is unchanged; exclude the layer with `exclude:`, or report this to the plugin's author",
@@ -247,7 +248,4 @@ def _halfway(value: Any, least: float) -> Any:
 
 
 def _close(pattern: str, layers: list[Layer]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(pattern, {n for layer in layers for n in (layer.name, layer.type)}, 3)
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+    return did_you_mean(pattern, sorted({n for layer in layers for n in (layer.name, layer.type)}))

@@ -20,7 +20,7 @@ from .captured import CapturedModel, capture
 from .context import Context, Progress, silent
 from .contract import snapshot
 from .data import Data
-from .errors import ModelError, PassError, SurgeryError
+from .errors import CrashError, ModelError, PassError, SurgeryError
 from .export.source import export_source
 from .inputs import Inputs
 from .judging import Judge
@@ -29,6 +29,7 @@ from .packing.writing import pack
 from .passes import Pass, PassReport
 from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
+from .running import check_device
 from .runs import RunFolder, run_key, writing
 from .state import load_state, save_state
 from .steps import Outcome, Standing, StepResult
@@ -110,6 +111,7 @@ def operate(
     """
     plugins = registry or Registry.load()
     plan = resolve(recipe, plugins, overrides)
+    check_device(device)
     inputs, given = Inputs.of(model, example_inputs), Data.of(data)
     for step in plan.steps:
         step.check_data(given, plugins)
@@ -186,7 +188,8 @@ class _Run:
     ) -> tuple[CapturedModel, StepResult]:
         """The model after the step, and what was done; the step's pass is tried milder where the plan says so.
 
-        A pass that cannot do what it is asked for is treated as one that breaks the budget, if the plan says how.
+        A pass that cannot do what it is asked for is treated as one that breaks the budget, if the plan says how; one
+        that crashes ends the run.
         """
         step: Pass | None = self.plan.steps[index - 1]
         how: OnBreak = self.plan.on_break[index - 1]
@@ -197,7 +200,7 @@ class _Run:
                 current, report, reached = self._attempt(index, step, model, standing, judge)
                 problems = reached.verification.shortfalls if report.modified else ()
             except (ModelError, PassError) as error:
-                if how == "continue":
+                if how == "continue" or isinstance(error, CrashError):
                     raise _placed(error, index, len(self.plan.steps)) from error.__cause__ or error
                 problems = (error.problem,)
             if how == "continue" or not problems:
@@ -269,7 +272,8 @@ class _Run:
 
 def _placed(error: ModelError | PassError, index: int, steps: int) -> SurgeryError:
     place = ", ".join(filter(None, [f"step {index} of {steps}", error.at]))
-    fix = "; ".join(filter(None, [error.fix, "or go on without it: `on_break: soften`, `undo` or `stop`"]))
+    way_on = "" if isinstance(error, CrashError) else "or go on without it: `on_break: soften`, `undo` or `stop`"
+    fix = "; ".join(filter(None, [error.fix, way_on]))
     return type(error)(error.problem, at=place, fix=fix)
 
 

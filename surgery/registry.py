@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -15,7 +14,7 @@ import pluggy
 
 from . import hooks
 from .criteria import Criterion
-from .errors import PluginError, RecipeError
+from .errors import PluginError, RecipeError, did_you_mean
 from .named import checked
 from .packing.codec import Codec
 from .passes import Pass, check_class
@@ -186,11 +185,6 @@ class Registry:
             except Exception as error:
                 raise PluginError(f"{hook} fails: {error}", at=f"plugin {implementation.plugin_name}") from error
             yield implementation.plugin_name, given
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), 3, 0.5)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _import(point: EntryPoint) -> object:

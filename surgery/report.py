@@ -101,13 +101,13 @@ def _outcome(step: Mapping[str, Any]) -> str:
 
 def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
     """The model after each step."""
-    columns = ("after", "parameters", "MACs", "ONNX bytes", "latency", "fidelity", "")
+    columns = ("after", "parameters", "MACs", "ONNX bytes", "speed", "fidelity", "")
     rows = []
     before, size = summary["before"], summary["bytes"].get("original.onnx", 0)
     passes = summary["recipe"]["passes"]
     for number, (step, times) in enumerate(zip(summary["steps"], timings["steps"], strict=True), 1):
         weights = step["measurement"]
-        speed = f"{times['result']['ratio']:.2f}× the original's speed" if times else ""
+        speed = f"{times['result']['ratio']:.2f}×" if times else ""
         counts = (_parameters(weights), weights["macs"], step["onnx_bytes"])
         rows.append(
             (
@@ -197,10 +197,9 @@ def _parameters(weights: Mapping[str, Any]) -> int:
 
 
 def _speed(ratio: float, low: float, high: float) -> str:
-    if low <= 1 <= high:
-        return f"{ratio:.2f}×, no clear difference (quartiles {low:.2f}–{high:.2f})"
-    word = "faster" if ratio >= 1 else "SLOWER"
-    return f"{ratio if ratio >= 1 else 1 / ratio:.2f}× {word} (quartiles {low:.2f}–{high:.2f})"
+    if low <= 1 <= high or SLOWER <= ratio <= 1 / SLOWER:
+        return f"{ratio:.2f}× as fast, no clear difference (quartiles {low:.2f}–{high:.2f})"
+    return f"{ratio:.2f}× as fast{', SLOWER' if ratio < 1 else ''} (quartiles {low:.2f}–{high:.2f})"
 
 
 def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -24,6 +24,16 @@ Model = nn.Module | OnnxModel
 Run = Callable[[Any], list[Tensor]]
 
 
+def check_device(name: str) -> None:
+    """Raises InputError where PyTorch has no such device here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device {name!r} is not here: {reason}", fix=f"there is {' and '.join(here)}") from error
+
+
 @contextmanager
 def running(model: Model, *, signature: Model | None = None, device: str = "cpu") -> Iterator[Run]:
     """`model` as a function of a batch: a tensor, a tuple or a dict of arguments, or `Inputs`.
@@ -55,7 +65,7 @@ def batches_of(data: Any, labelled: bool) -> Iterator[tuple[Any, Any]]:
     for number, batch in enumerate(data):
         yield pair_of(batch, f"labelled batch {number}") if labelled else (batch, None)
     if number < 0:
-        raise InputError("there are no batches to compare models on", fix="give at least one")
+        raise InputError("the data has no batches to compare models on", fix="give at least one")
 
 
 def batch_size(batch: Any) -> int:

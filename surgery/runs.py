@@ -29,13 +29,17 @@ from .state import load_state, save_state
 from .steps import StepResult
 
 
-def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, str]:
-    """What a run folder belongs to. Data is not part of it: calibrate with the same data when you resume."""
+def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """What a run folder belongs to. Data is not part of it: calibrate with the same data when you resume.
+
+    `steps`: what each step depends on, the recipe up to it.
+    """
     shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in inputs.named_tensors.items()}
     return {
         "recipe": plan.hash,
         "model": fingerprint(model),
         "inputs": _digest(json.dumps(shapes, sort_keys=True).encode()),
+        "steps": [plan.hash_of(count) for count in range(len(plan.steps) + 1)],
     }
 
 
@@ -59,35 +63,48 @@ _STEMS = ("model", "original", "recipe", "report", "run", "timings")
 class RunFolder:
     """Steps and artifacts of one run below `path`."""
 
-    def __init__(self, path: Path, key: Mapping[str, str], *, resume: bool) -> None:
-        """Raises RunError where the folder holds another run, or files that are no run."""
+    def __init__(self, path: Path, key: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises RunError where the folder holds another run, or files that are no run. An unfinished run with another
+        recipe is resumed if the recipes are the same as far as it came."""
         self.path = path
         self._steps = path / "steps"
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            self._claim(dict(key))
+            self._claim(dict(key), resume)
             if not resume:
                 shutil.rmtree(self._steps, ignore_errors=True)
             self._steps.mkdir(exist_ok=True)
 
-    def _claim(self, key: dict[str, str]) -> None:
+    def _claim(self, key: dict[str, Any], resume: bool) -> None:
         marker = self.path / "run.json"
         if marker.exists():
             held = _read_json(marker)
-            differing = [part for part in key if not isinstance(held, dict) or held.get(part) != key[part]]
-            worth_keeping = [*self._steps.glob("0-*"), *self.path.glob("model.*"), *self.path.glob("report.*")]
-            if differing and worth_keeping:
+            held = held if isinstance(held, dict) else {}
+            differing = [part for part in key if part != "steps" and held.get(part) != key[part]]
+            same_so_far = differing == ["recipe"] and self._begins_alike(held.get("steps"), key["steps"])
+            worth_keeping = [*self._steps.glob("[1-9]*"), *self.path.glob("model.*"), *self.path.glob("report.*")]
+            if differing and worth_keeping and not (same_so_far and resume):
+                way_on = "; or resume: the recipes are the same as far as it came" if same_so_far else ""
+                what = " and with other ".join(differing)
                 raise RunError(
-                    f"the folder holds a run with another {' and '.join(differing)}",
+                    f"the folder holds a run with other {what}",
                     at=str(self.path),
-                    fix="choose another folder, or delete this one",
+                    fix=f"choose another folder, or delete this one{way_on}",
                 )
+            if differing and not same_so_far:
+                shutil.rmtree(self._steps, ignore_errors=True)
         elif any(self.path.iterdir()):
             raise RunError(
                 "the folder is not empty and holds no run", at=str(self.path), fix="choose an empty or new folder"
             )
         self.write("run.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+
+    def _begins_alike(self, held: Any, wanted: Sequence[str]) -> bool:
+        """Whether the steps that an unfinished run has finished are those of the recipe that is wanted."""
+        finished = sum(1 for _ in self._steps.glob("[1-9]*"))
+        ended = any(self.path.glob("report.*"))
+        return not ended and isinstance(held, list) and held[: finished + 1] == wanted[: finished + 1]
 
     def _sweep(self) -> None:
         """Remove what a killed run left half-written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,17 @@ import click
 from .context import silent
 
 if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
     from .context import Progress
     from .report import Table
 
 SECONDS_A_LINE = 10
+FILE_WIDTH = 160
+"""Of tables where there is no terminal."""
+KEPT_WHOLE = 24
+"""Characters up to which the cells of a column are not broken; the others get as many."""
+GAP = 2
 
 
 def print_result(value: Any, tables: Sequence[Table], as_json: bool) -> None:
@@ -25,16 +33,31 @@ def print_result(value: Any, tables: Sequence[Table], as_json: bool) -> None:
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
-    from rich.table import Table as RichTable
 
     console = Console()
+    known = console.is_terminal or "COLUMNS" in os.environ
     for table in tables:
-        drawn = RichTable(title=table.title, title_justify="left")
-        for column in table.columns:
-            drawn.add_column(column, overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+        console.print(table.title, style="italic", markup=False, highlight=False)
+        if table.rows:
+            drawn, least = _drawn(table)
+            Console(width=max(console.width if known else FILE_WIDTH, least)).print(drawn)
+        console.print()
+
+
+def _drawn(table: Table) -> tuple[RichTable, int]:
+    """`table`, and the characters that it needs in a line; columns of numbers and names are not broken."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    least = 0
+    for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True):
+        longest = max(map(len, (column, *cells)))
+        drawn.add_column(column, overflow="fold", no_wrap=longest <= KEPT_WHOLE)
+        least += min(longest, KEPT_WHOLE) + GAP
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn, least
 
 
 def range_in_words(option: dict[str, Any]) -> str:

@@ -102,6 +102,22 @@ def test_run_shows_one_table_of_before_and_after(surgery):
     assert "ONNX Runtime latency" in out
 
 
+@pytest.mark.parametrize("columns", ["", "40", "80", "200"])
+def test_no_number_in_a_table_is_broken(surgery, here, columns, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = surgery("run", "fold_only", *NET, "--out", "run")
+    assert code == 0
+    found = json.loads((here / "run/report.json").read_text())
+    figures = [found[when]["macs"] for when in ("before", "after")]
+    figures += [found["bytes"][name] for name in ("original.onnx", "model.onnx")]
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("1. fold_batchnorm")]
+    assert all(f"{figure:,}" in out for figure in figures)
+    assert max(map(len, lines)) <= max(int(columns or 160), 120)
+
+
 def test_verify_of_different_models_that_part_ends_with_their_figures(surgery, here):
     surgery("run", "fold_only", *NET, "--out", "one")
     recipe = here / "other.yaml"
@@ -187,6 +203,8 @@ def test_show_explains_options_with_default_range_and_meaning(surgery):
     assert code == 0
     assert "multiplier" in out
     assert "≥ 1" in out
+    assert "soften`): none" in out
+    assert "soften`): weight_bits, activation_bits" in surgery("show", "quantize")[1]
     code, out, _ = surgery("show", "depthwise_separable", "--json")
     assert json.loads(out[out.index("{") :])["options"]["properties"]["multiplier"]["minimum"] == 1
 
@@ -205,6 +223,13 @@ def test_schema_is_json_and_recipes_are_listed(surgery):
         (("run", "fold_onyl", *NET, "--out", "run"), "did you mean fold_only"),
         (("run", "fold_only", "--model", "nowhere:net", "--input", "1x3x8x8", "--out", "run"), "nowhere"),
         (("run", "fold_only", "--model", "cli_models:nett", "--input", "1x3x8x8", "--out", "run"), "no 'nett'"),
+        (("run", "fold_only", "--model", "cli_models:nett", "--out", "run"), "(did you mean net"),
+        (
+            ("run", "fold_only", "--model", "cli_models:zzz", "--out", "run"),
+            "it defines Net, net, net_with_inputs, data,",
+        ),
+        (("run", "fold_only", "--model", "cli_models.py:net", "--out", "run"), "write cli_models:net"),
+        (("run", "fold_only", *NET, "--device", "cuda:99", "--out", "run"), "device 'cuda:99' is not here"),
         (("run", "fold_only", "--model", "cli_models", "--input", "1x3x8x8", "--out", "run"), "module:name"),
         (("run", "fold_only", "--model", "cli_models:broken", "--input", "1x3x8x8", "--out", "run"), "no weights here"),
         (

@@ -16,6 +16,7 @@ from torch import nn
 import surgery
 from surgery import (
     CaptureError,
+    CrashError,
     Data,
     Edit,
     InputError,
@@ -189,11 +190,11 @@ def test_a_folder_of_another_recipe_model_or_input_is_refused_and_kept(net, inpu
     out = tmp_path / "run"
     operate(net, inputs, "damp", out=out)
     kept = files(out)
-    with pytest.raises(RunError, match="another recipe"):
+    with pytest.raises(RunError, match="other recipe"):
         operate(net, inputs, {"damp": {"factor": 0.25}}, out=out, resume=True)
     with torch.no_grad():
         net.head.bias[0] += 1
-    with pytest.raises(RunError, match="another model"):
+    with pytest.raises(RunError, match="other model"):
         operate(net, inputs, "damp", out=out)
     assert files(out) == kept
 
@@ -233,6 +234,54 @@ def test_a_pass_that_fails_keeps_finished_steps_and_earlier_artifacts(net, input
     assert "pass explode" in str(caught.value)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert {p.name for p in (out / "steps").iterdir()} == {"0-capture", "1-damp"}
+
+
+@pytest.mark.parametrize("how", ["undo", "stop"])
+def test_a_pass_that_crashes_ends_the_run_whatever_a_broken_budget_does(net, inputs, tmp_path, how):
+    with pytest.raises(CrashError, match="ZeroDivisionError: by design") as caught:
+        operate(net, inputs, "damp", {"explode": None, "on_break": how}, "damp", out=tmp_path / "run")
+    assert "on_break" not in str(caught.value)
+    assert {p.name for p in (tmp_path / "run/steps").iterdir()} == {"0-capture", "1-damp"}
+
+
+def test_a_recipe_corrected_after_its_first_steps_is_resumed_behind_them(net, inputs, tmp_path):
+    out = tmp_path / "run"
+    for resume in (False, True):
+        with pytest.raises(CrashError):
+            operate(net, inputs, "damp", "explode", out=out, resume=resume)
+    begun = (out / "steps/1-damp/report.json").stat().st_mtime_ns
+    for other in ([{"damp": {"factor": 0.25}}, "jitter"], ["jitter", "damp"], ["jitter"]):
+        with pytest.raises(RunError, match="other recipe") as caught:
+            operate(net, inputs, *other, out=out, resume=True)
+        assert "or resume" not in str(caught.value)
+    with pytest.raises(RunError, match="or resume: the recipes are the same as far as it came"):
+        operate(net, inputs, "damp", "jitter", out=out)
+    operate(net, inputs, "damp", "jitter", out=out, resume=True)
+    assert (out / "steps/1-damp/report.json").stat().st_mtime_ns == begun
+    operate(net, inputs, "damp", "jitter", out=tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+    with pytest.raises(RunError, match="other recipe"):  # what has ended stays
+        operate(net, inputs, "damp", "jitter", "damp", out=out, resume=True)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_folder_whose_first_step_failed_is_taken_over(net, inputs, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(CrashError):
+        operate(net, inputs, "explode", out=out)
+    with torch.no_grad():
+        net.head.bias[0] += 1
+    operate(net, inputs, "damp", out=out, resume=True)
+    operate(net, inputs, "damp", out=tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "tpu9"])
+def test_a_device_that_is_not_here_is_missed_before_anything_runs(net, inputs, tmp_path, device):
+    with pytest.raises(InputError, match=f"device '{device}' is not here") as caught:
+        operate(net, inputs, "damp", out=tmp_path / "run", device=device)
+    assert "cpu" in caught.value.fix
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_step_five_is_found_before_anything_runs(net, inputs, tmp_path):
@@ -355,9 +404,10 @@ def test_a_step_that_cannot_be_done_as_asked_is_softened_until_it_can(net, input
 
 @pytest.mark.parametrize("how", ["undo", "stop"])
 def test_a_step_that_fails_is_undone_where_the_recipe_says_what_then(net, inputs, how, tmp_path):
-    operation = operate(net, inputs, "jitter", {"explode": {}, "on_break": how}, "damp", out=tmp_path / "run")
+    steps = ["jitter", {"demand": {"factor": 0.5}, "on_break": how}, "damp"]
+    operation = operate(net, inputs, *steps, out=tmp_path / "run")
     assert operation.steps[2].outcome == ("stopped" if how == "stop" else "undone")
-    assert operation.steps[2].attempts == ("as given: ZeroDivisionError: by design",)
+    assert operation.steps[2].attempts == ("factor 0.5: factor: 0.5 cannot be met, 0.8 is as far as it goes",)
     assert not operation.steps[2].report.edits
     assert len(operation.steps) == (3 if how == "stop" else 4)
     assert ("stopped, not run: damp" in (tmp_path / "run" / "report.md").read_text()) == (how == "stop")

@@ -190,6 +190,16 @@ def test_a_recipe_uses_another_with_changed_options(tmp_path, registry):
     assert resolve(plan.lock, registry).hash == plan.hash
 
 
+def test_one_of_two_passes_of_a_name_is_changed_by_its_index(tmp_path, registry):
+    write(
+        tmp_path,
+        inner="passes: [{shave: {amount: 0.1}}, {shave: {amount: 0.1}}, widen]",
+        outer="passes: [widen, {use: inner.yaml, with: {1: {amount: 0.2}}}]",
+    )
+    steps = resolve(tmp_path / "outer.yaml", registry).steps
+    assert [step.options["amount"] for step in steps if step.name() == "shave"] == [0.1, 0.2]
+
+
 def test_recipes_nest_and_each_keeps_what_it_does_with_a_broken_budget(tmp_path, registry):
     write(
         tmp_path,
@@ -211,7 +221,17 @@ def test_recipes_nest_and_each_keeps_what_it_does_with_a_broken_budget(tmp_path,
         ("{use: nowhere}", "no recipe named 'nowhere'"),
         ("{use: 3}", "3 is no name or path"),
         ("{use: fine.yaml, whith: {}}", "unknown key 'whith' beside `use`"),
-        ("{use: fine.yaml, with: {shav: {}}}", r"'shav' is no pass of .*fine.yaml \(did you mean shave\?\)"),
+        (
+            "{use: fine.yaml, with: {shav: {}}}",
+            r"with: there is no pass 'shav' \(did you mean shave\?\) in .*fine.yaml",
+        ),
+        ("{use: twice.yaml, with: {shave: {}}}", r"with: 2 passes are named 'shave' in .*twice.yaml"),
+        ("{use: twice.yaml, with: {2: {}}}", r"with: there is no pass '2' in .*twice.yaml"),
+        ("{use: twice.yaml, with: {null: {}}}", "with: there is no pass 'None'"),
+        ("{use: twice.yaml, with: {1: {amuont: 1}}}", r"me.yaml with the passes it uses, passes.1 \(shave\)"),
+        ("{shave: {1: 2}}", "1 is no name of an option"),
+        ("{shave: 2}", "options 2 are no mapping"),
+        ("{1: {}}", r"passes.0.1: .* string"),
         ("{use: fine.yaml, with: {shave: 3}}", "does not map passes to options"),
         ("{use: fine.yaml, with: {shave: {amuont: 1}}}", "did you mean amount"),
         ("{use: wrong.yaml}", "unknown key 'bugdet'"),
@@ -225,6 +245,7 @@ def test_a_wrong_use_says_what_and_where(item, message, tmp_path, registry):
         me=f"passes: [{item}]",
         other="passes: [{use: me.yaml}]",
         fine="passes: [shave]",
+        twice="passes: [shave, shave]",
         wrong="passes: [shave]\nbugdet: {}",
     )
     with pytest.raises(RecipeError, match=message) as caught:

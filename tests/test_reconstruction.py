@@ -64,6 +64,16 @@ def test_what_a_constant_channel_gave_goes_into_the_bias():
     assert {e.layer for e in report.edits if "anew" in e.what} == {"0", "2", "5"}
 
 
+def test_layers_before_the_first_that_lost_anything_keep_their_weights():
+    model = redundant()
+    given = registry_of(lambda found: [torch.ones(8), torch.tensor([0.0, 1.0, 1.0, 1.0])])
+    step = PruneFilters(ratio=0.25, criterion="given", select=("2",))
+    result, report = step(model, Context(model, Data([torch.randn(64, 3, 8, 8)]), registry=given))
+    assert {edit.layer for edit in report.edits if "anew" in edit.what} == {"2", "5"}
+    for name, value in model.get_submodule("0").state_dict().items():
+        assert torch.equal(result.get_submodule("0").state_dict()[name], value)
+
+
 def test_channels_that_vary_only_by_rounding_do_not_become_large_weights():
     """What the others knew is lost: to have it back from these would take weights of 1e5, which show the rounding."""
     first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)

@@ -28,7 +28,8 @@ def reconstruct(
     context: Context,
     exclude: Sequence[str] = (),
 ) -> list[Repaired]:
-    """Solve every layer of `model` anew, in order of execution, from its present inputs towards `before`'s outputs.
+    """Solve every layer of `model` anew from the first that lost anything on, in order of execution, from its present
+    inputs towards `before`'s outputs.
 
     Layers that a pattern in `exclude` matches keep their weights.
 
@@ -36,10 +37,14 @@ def reconstruct(
     it is not named.
     """
     limit = context.calibration.gram_bytes
+    order = [node.name for node in model.graph.nodes]
+    touched = set(order[min((order.index(name) for name in keep if name in order), default=0) :])
     maps = {
         affine.layer.name: affine
         for affine in surgery.affine_maps(model)
-        if surgery.gram_bytes(affine.layer) <= limit and not any(surgery.matches(affine.layer, p) for p in exclude)
+        if surgery.gram_bytes(affine.layer) <= limit
+        and not any(surgery.matches(affine.layer, p) for p in exclude)
+        and affine.end.name in touched
     }
     steps = [affine.step(keep.get(affine.end.name, {})) for affine in maps.values()]
     repaired = []

@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data import Data
-from ..errors import InputError
-from ..registry import did_you_mean
+from ..errors import InputError, did_you_mean
 from .decoding import MODES, decoded
 from .options import Colours, Natural, Share
 from .pictures import Pictures, Pixels, data_of, image_like

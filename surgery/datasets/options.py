@@ -9,8 +9,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from ..errors import InputError
-from ..registry import did_you_mean
+from ..errors import InputError, did_you_mean
 
 
 def _numbers(value: Any) -> Any:

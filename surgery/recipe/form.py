@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import RecipeError
-from ..registry import did_you_mean
+from ..errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -82,7 +81,7 @@ def describe(errors: Sequence[ErrorDetails], known: Any) -> str:
     if len(alike) > 1 and len(error["loc"]) > 1:
         expected = " or ".join(e["msg"].removeprefix("Input should be ") for e in alike)
         return f"{'.'.join(map(str, error['loc'][:-1]))}: should be {expected}, got {error['input']!r}"
-    where = ".".join(str(part) for part in error["loc"]) or "value"
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "value"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where!r}{did_you_mean(where, known)}"
     if error["type"] == "missing":

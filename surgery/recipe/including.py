@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
-from ..registry import Registry, did_you_mean
+from ..errors import RecipeError, did_you_mean
+from ..registry import Registry
 from .form import Recipe, validated
 from .yaml_data import load_yaml
 
@@ -80,36 +80,27 @@ def _included(
         circle = " uses ".join([*users[users.index(other.place) :], other.place])
         raise RecipeError(f"recipes use each other in a circle: {circle}", at=at, fix="remove one `use:`")
     recipe = validated(expanded(other, registry, users), other.place)
-    changes = _checked_changes(item.get("with") or {}, recipe, other.place, at)
-    return [_changed(step, recipe, changes, item) for step in recipe.passes]
+    passes = [dict(step) for step in recipe.passes]
+    _change(passes, item.get("with") or {}, other.place, at)
+    how = item.get("on_break")
+    own = recipe.on_break if "on_break" in recipe.model_fields_set else None
+    for step in passes:
+        if chosen := how or step.get("on_break") or own:
+            step["on_break"] = chosen
+    return passes
 
 
-def _checked_changes(changes: Any, recipe: Recipe, other: str, at: str) -> Mapping[str, Mapping[str, Any]]:
+def _change(passes: Sequence[dict[str, Any]], changes: Any, other: str, at: str) -> None:
+    """Other options for passes of the recipe `other`, given by name or index."""
     if not isinstance(changes, dict) or not all(isinstance(options, dict) for options in changes.values()):
         raise RecipeError(f"with: {changes!r} does not map passes to options", at=at, fix="with: {pass: {option: 1}}")
-    names = [name for step in recipe.passes for name in step if name != "on_break"]
-    for name in changes:
-        if name not in names:
-            raise RecipeError(
-                f"with: {name!r} is no pass of {other}{did_you_mean(name, names)}",
-                at=at,
-                fix=f"it has {', '.join(dict.fromkeys(names))}",
-            )
-    return changes
-
-
-def _changed(
-    step: Mapping[str, Any], recipe: Recipe, changes: Mapping[str, Mapping[str, Any]], item: Mapping[str, Any]
-) -> dict[str, Any]:
-    changed = {name: _merged(options, changes[name]) if name in changes else options for name, options in step.items()}
-    how = item.get("on_break") or step.get("on_break")
-    if how is None and "on_break" in recipe.model_fields_set:
-        how = recipe.on_break
-    return changed | ({"on_break": how} if how else {})
-
-
-def _merged(options: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(options or {}), **changes}
+    for which, options in changes.items():
+        try:
+            step, name = _found(passes, str(which))
+        except LookupError as error:
+            problem, known = error.args
+            raise RecipeError(f"with: {problem} in {other}", at=at, fix=f"it has {', '.join(known)}") from None
+        step[name] = {**(step[name] or {}), **options}
 
 
 def overridden(raw: Any, overrides: Mapping[str, Any], place: str) -> Any:
@@ -136,7 +127,11 @@ def overridden(raw: Any, overrides: Mapping[str, Any], place: str) -> Any:
 
 def _set_in_pass(passes: list[Any], path: str, rest: str, value: Any, place: str) -> None:
     which, _, option = rest.partition(".")
-    item, name = _found(passes, which, path, place)
+    try:
+        item, name = _found(passes, which)
+    except LookupError as error:
+        problem, known = error.args
+        raise _no_path(path, problem, place, ", ".join(f"passes.{which}" for which in known)) from None
     if option == "on_break":
         item[option] = value
     elif option:
@@ -145,14 +140,19 @@ def _set_in_pass(passes: list[Any], path: str, rest: str, value: Any, place: str
         raise _no_path(path, "it names a pass and no option", place, f"passes.{which}.<option>")
 
 
-def _found(passes: Sequence[Any], which: str, path: str, place: str) -> tuple[dict[str, Any], str]:
-    """The list item of the pass at an index or of a name, and that name."""
+def _found(passes: Sequence[Any], which: str) -> tuple[dict[str, Any], str]:
+    """The list item of the pass at an index or of a name, and that name.
+
+    Raises:
+        LookupError: there is none, or more than one: with the problem, and a list of what there is.
+    """
     named = [(item, name) for item in passes if isinstance(item, dict) for name in item if name != "on_break"]
     found = named[int(which) : int(which) + 1] if which.isdecimal() else [n for n in named if n[1] == which]
     if len(found) == 1:
         return found[0]
-    problem = f"{len(found)} passes are named {which!r}" if found else f"there is no pass {which!r}"
-    raise _no_path(path, problem, place, ", ".join(f"passes.{i} ({name})" for i, (_, name) in enumerate(named)))
+    names = [name for _, name in named]
+    many, none = f"{len(found)} passes are named {which!r}", f"there is no pass {which!r}{did_you_mean(which, names)}"
+    raise LookupError(many if found else none, [f"{i} ({name})" for i, name in enumerate(names)])
 
 
 def _replaced(old: Any, rest: str, value: Any) -> Any:

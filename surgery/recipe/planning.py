@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 from ..passes import Pass
-from ..registry import Registry, did_you_mean
+from ..registry import Registry
 from .form import OnBreak, Recipe, describe, validated
 from .including import expanded, overridden, read
 from .ordering import check_order
@@ -40,7 +40,13 @@ class Plan:
     @property
     def hash(self) -> str:
         """SHA-256 of the resolved recipe, in hexadecimal; of what it does, not of how it is described."""
-        decisive = {key: value for key, value in self.lock.items() if key != "description"}
+        return self.hash_of(len(self.steps))
+
+    def hash_of(self, count: int) -> str:
+        """`hash` of the recipe with its first `count` passes alone."""
+        lock = self.lock
+        decisive = {key: value for key, value in lock.items() if key != "description"}
+        decisive["passes"] = lock["passes"][:count]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -58,10 +64,15 @@ def resolve(
     source = read(recipe, registry)
     raw = overridden(expanded(source, registry), overrides or {}, source.place)
     parsed = validated(raw, source.place)
-    built = [_build(i, entry, parsed, registry, source.place) for i, entry in enumerate(parsed.passes)]
+    place = f"{source.place} with the passes it uses" if _uses_others(source.raw) else source.place
+    built = [_build(i, entry, parsed, registry, place) for i, entry in enumerate(parsed.passes)]
     steps = tuple(step for step, _ in built)
     check_order(steps, source.place, registry)
     return Plan(parsed, steps, tuple(how for _, how in built))
+
+
+def _uses_others(raw: Mapping[str, Any]) -> bool:
+    return any(isinstance(item, dict) and "use" in item for item in raw["passes"])
 
 
 def _build(
@@ -94,8 +105,10 @@ def _how(value: Any) -> OnBreak:
 
 
 def _options(value: Any) -> Mapping[str, Any]:
-    if value is not None and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+    if value is not None and not isinstance(value, dict):
         raise RecipeError(f"options {value!r} are no mapping", fix="write {option: value}")
+    if wrong := [key for key in value or {} if not isinstance(key, str)]:
+        raise RecipeError(f"{wrong[0]!r} is no name of an option", fix="write {option: value}")
     return value or {}
 
 
@@ -156,7 +169,7 @@ _USE: dict[str, Any] = {
         "with": {
             "type": "object",
             "additionalProperties": {"type": "object"},
-            "description": "changed options by pass",
+            "description": "changed options by pass, by its name or index",
         },
     },
     "required": ["use"],
