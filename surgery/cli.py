@@ -5,6 +5,7 @@ broken.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
@@ -19,6 +20,10 @@ from .terminal import print_result, progress_shown, range_in_words
 
 if TYPE_CHECKING:
     from .pipeline import Operation
+
+SPINS = "1000"
+"""Rounds that OpenMP's threads wait for each other awake, before PyTorch sets it to hundreds of thousands: where others
+use the cores too, these rounds are most of the time."""
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
@@ -383,6 +388,7 @@ def _show_operation(operation: Operation, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: errors with a remedy are printed without a traceback."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -66,6 +66,8 @@ class RunFolder:
     def __init__(self, path: Path, key: Mapping[str, Any], *, resume: bool) -> None:
         """Raises RunError where the folder holds another run, or files that are no run. An unfinished run with another
         recipe is resumed if the recipes are the same as far as it came."""
+        if path.is_file():
+            raise RunError("the folder for a run is a file", at=str(path), fix="choose another place")
         self.path = path
         self._steps = path / "steps"
         with writing(path):

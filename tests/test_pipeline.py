@@ -220,6 +220,13 @@ def test_a_folder_with_other_things_is_refused_and_kept(net, inputs, tmp_path):
     assert files(tmp_path) == {"model.py": b"mine"}
 
 
+def test_a_file_in_the_place_of_the_folder_is_kept(net, inputs, tmp_path):
+    (tmp_path / "net.py").write_text("mine")
+    with pytest.raises(RunError, match="is a file"):
+        operate(net, inputs, "damp", out=tmp_path / "net.py")
+    assert files(tmp_path) == {"net.py": b"mine"}
+
+
 def test_resuming_a_finished_run_changes_nothing(net, inputs, tmp_path):
     operate(net, inputs, "damp", "jitter", out=tmp_path / "run")
     first = files(tmp_path / "run")
