@@ -38,7 +38,7 @@ def insert_pairs(placement: Placement, schemes: Mapping[fx.Node, Scheme]) -> Non
     graph = placement.model.graph
     rounded = {value: placement.is_rounded(value) for value in placement.values}
     integer = {node for node in graph.nodes if placement.is_integer(node)}
-    gates = [node for node in placement.joins if placement.kind(node) == HARDSIGMOID]
+    gates = [node for node in graph.nodes if node in placement.joins and placement.kind(node) == HARDSIGMOID]
     sums = {node: schemes[placement.values[source]] for node in gates for source in placement.reads(node)}
     for value, root in placement.values.items():
         users = [user for user in value.users if rounded[value] or user in integer]
@@ -153,6 +153,7 @@ def _options(scheme: Scheme) -> tuple[float, int, int, int, torch.dtype]:
 
 
 def _write_as_sum(model: CapturedModel, node: fx.Node, terms: Sequence[Scheme]) -> None:
+    """Two integers added up in the place of `node`, which reads the first of them."""
     graph, integers = model.graph, _first(_first(node))
     with graph.inserting_before(node):
         one = surgery.add_buffer(model, f"{node.name}_one", torch.tensor(1, dtype=torch.uint8))
