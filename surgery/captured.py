@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_leaves
 
-from .errors import CaptureError
+from .errors import CaptureError, InputError
 from .functional import functionalise
 from .graph import remove_unused, retarget
 from .inputs import Inputs
@@ -109,14 +109,15 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     batch size stays free where the model allows it. `model` is not changed, the result holds a copy of its weights.
 
     Raises:
-        InputError: the inputs do not fit the signature, or hold NaN.
+        ModelError: it is no module, or its weights are on the meta device.
+        InputError: the inputs do not fit the signature, are empty, or hold NaN.
         CaptureError: the model fails on the inputs, changes them, is random, has control flow that depends on values,
             or its graph does not reproduce it; the message names the line of user code and what to try.
     """
     model = unwrapped(model)
     with torch.inference_mode(False), torch.enable_grad(), uncollected():
         inputs = Inputs.of(model, example_inputs).clone()
-        inputs.check_finite("example inputs")
+        _check_example(inputs)
         private = private_copy(model)
         notes = bake_parametrisations(private)
         captured, error, why_fixed = _reproduced(private, inputs)
@@ -124,6 +125,15 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         notes += _fixed_arguments(model, inputs) + _dropped(private, captured)
     captured.meta["capture"] = CaptureInfo(inputs, not why_fixed, tuple(notes), error)
     return captured
+
+
+def _check_example(inputs: Inputs) -> None:
+    place = "example inputs"
+    if not inputs.tensors:
+        raise InputError("they hold no tensor", at=place, fix="give a tensor, a tuple or a dict of arguments")
+    if empty := next((n for n, t in inputs.named_tensors.items() if t.ndim and not t.shape[0]), None):
+        raise InputError(f"input {empty} is empty", at=place, fix="give at least one sample")
+    inputs.check_finite(place)
 
 
 def _reproduced(private: nn.Module, inputs: Inputs) -> tuple[CapturedModel, float, str]:

@@ -67,7 +67,7 @@ def cli() -> None:
     """Surgery on trained PyTorch models.
 
     Exit codes: 0 done, 2 wrong use or an error with its remedy, 3 the result breaks the recipe's budget (files are
-    kept), 1 anything else.
+    kept), 130 interrupted, 1 anything else.
     """
 
 
@@ -211,11 +211,16 @@ def show(name: str, as_json: bool) -> None:
         for key, option in schema["properties"].items()
     )
     strength = list(cls.strength)
+    order = {trait: sorted(getattr(cls, trait)) for trait in _ORDER}
     if not as_json:
         softened = ", ".join(strength) or "none, so that it cannot be softened"
-        click.echo(f"{name}\n\n{cleandoc(cls.__doc__ or '')}\n\nStrength (`on_break: soften`): {softened}\n")
+        click.echo(f"{name}\n\n{cleandoc(cls.__doc__ or '')}\n\nStrength (`on_break: soften`): {softened}")
+        for what, traits in order.items():
+            if traits:
+                click.echo(f"{_ORDER[what]}: {', '.join(traits)}")
+        click.echo()
     print_result(
-        {"pass": name, "doc": cls.__doc__, "strength": strength, "options": schema},
+        {"pass": name, "doc": cls.__doc__, "strength": strength, "order": order, "options": schema},
         [Table("Options", ("option", "default", "type", "meaning"), rows)],
         as_json,
     )
@@ -249,6 +254,8 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
         raise SurgeryError("nothing to compare on", fix="give --input SHAPE or --data NAME")
     inputs = inputs_from(shapes) if shapes else None
     data = Data.of(_data(data_name, inputs) if data_name else [inputs])
+    if not (data_name or as_json):
+        click.echo("Compared on random numbers, floats from N(0, 1): what a model does on data, --data tells.\n")
     batches = data.calibration if data.evaluation is None else data.evaluation
     labelled = data.evaluation is not None
     verification = compare(reference, candidate, batches, labelled=labelled, metric=data.metric)
@@ -352,6 +359,15 @@ def demo(out: Path, as_json: bool) -> None:
     with progress_shown(quiet=as_json) as progress:
         operation = run_demo(out, progress)
     _show_operation(operation, as_json)
+
+
+_ORDER = {
+    "gives": "Leaves the model",
+    "marks": "Leaves the layers it edits",
+    "clears": "Takes away",
+    "refuses": "Cannot run where something is",
+}
+"""Traits that order passes, in words; see docs/plugins.md."""
 
 
 def _model(name: str, weights: Path | None, shapes: Sequence[str]) -> tuple[Any, Any]:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .captured import CapturedModel, relative_error
-from .errors import PassError, PluginError
+from .errors import PassError, PluginError, SurgeryError
 from .graph import leaf_inputs, propagate, remove_unused
+from .inputs import Inputs
 from .names import tensors
-from .passes import PassReport
+from .passes import Edit, PassReport, Skip
+from .reproduction import other_sizes
+from .tracing import first_line
 
 if TYPE_CHECKING:
+    from .context import Context
+    from .data import Data
     from .passes import Pass
+
+AUTHOR = "its author has to mend it: see the contract in docs/plugins.md"
 
 
 def snapshot(model: CapturedModel) -> CapturedModel:
@@ -31,57 +42,101 @@ def snapshot(model: CapturedModel) -> CapturedModel:
 
 
 def check_report(step: Pass, report: Any) -> PassReport:
-    """The report itself, if it is one and every edit and skip has a layer and a reason."""
+    """The report itself, if it is one: every edit and skip has a layer and a reason, and numbers are finite."""
     place = f"pass {step.name()}"
     if not isinstance(report, PassReport):
-        raise PluginError(f"apply returned {type(report).__name__}, not a PassReport", at=place)
+        raise PluginError(f"apply returned {type(report).__name__}, not a PassReport", at=place, fix=AUTHOR)
+    for entry, kind in [*((e, Edit) for e in report.edits), *((s, Skip) for s in report.skips)]:
+        if not isinstance(entry, kind):
+            raise PluginError(f"the report holds {entry!r}, not a surgery.{kind.__name__}", at=place, fix=AUTHOR)
     given = [(e.layer, e.what) for e in report.edits] + [(s.layer, s.why) for s in report.skips]
     for layer, reason in given:
         if not (layer and reason):
-            raise PluginError(f"an edit or skip lacks its layer or its reason: {layer!r}, {reason!r}", at=place)
+            raise PluginError(
+                f"an edit or skip lacks its layer or its reason: {layer!r}, {reason!r}", at=place, fix=AUTHOR
+            )
+    for edit in report.edits:
+        for name, value in edit.numbers.items():
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise PluginError(
+                    f"the edit of {edit.layer} gives {name} as {value!r}, which is no finite number of Python",
+                    at=place,
+                    fix=AUTHOR,
+                )
     return report
 
 
-def versions(model: CapturedModel) -> dict[str, tuple[Tensor, int]]:
-    """Every tensor with its write counter, for `check_untouched`."""
-    return {name: (tensor, tensor._version) for name, tensor in tensors(model).items()}
+class Watch:
+    """What a pass may read and must not write: the model before it, the original, and the data."""
+
+    def __init__(self, model: CapturedModel, context: Context) -> None:
+        self._tensors = dict(_watched(model, context))
+        self._state = {name: _state(tensor) for name, tensor in self._tensors.items()}
+
+    def check(self, step: Pass) -> None:
+        """Raises PluginError where the pass wrote into one of them."""
+        for name, tensor in self._tensors.items():
+            if _state(tensor) != self._state[name]:
+                raise PluginError(
+                    f"{name} was written in place",
+                    at=f"pass {step.name()}",
+                    fix="replace parameters of the model that is handed to apply, and never write into tensors; "
+                    "begin anew, as the tensor no longer is what it was",
+                )
 
 
-def check_untouched(step: Pass, watched: dict[str, tuple[Tensor, int]]) -> None:
-    """Raises PluginError where the pass wrote into a tensor of the model before it."""
-    for name, (tensor, version) in watched.items():
-        if tensor._version != version:
-            raise PluginError(
-                f"{name} of the model before the pass was written in place",
-                at=f"pass {step.name()}",
-                fix="replace parameters, never write into them",
-            )
+def _watched(model: CapturedModel, context: Context) -> Iterator[tuple[str, Tensor]]:
+    for what, watched in (("the model before the pass", model), ("the original", context.original)):
+        yield from ((f"{name} of {what}", tensor) for name, tensor in tensors(watched).items())
+    data: Data = context.data
+    for role in ("calibration", "evaluation", "training"):
+        batches = getattr(data, role)
+        for number, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
+            found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+            yield from ((f"tensor {i} of {role} batch {number}", tensor) for i, tensor in enumerate(found))
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Write counter, and the sum of the bits as integers: writing through `.data` does not count."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach()
+    bits = torch.view_as_real(bits) if bits.is_complex() else bits
+    return tensor._version, int(bits.contiguous().view(kinds[bits.element_size()]).sum(dtype=torch.int64))
 
 
 def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> None:
     """Lint, compile and run the edited model, and hold it against the report."""
     place = f"pass {step.name()}"
-    remove_unused(after)
-    after.graph.lint()
-    after.recompile()
+    try:
+        remove_unused(after)
+        after.graph.lint()
+        after.recompile()
+    except Exception as error:
+        raise PluginError(f"the edited graph is none: {in_short(error)}", at=place, fix=AUTHOR) from error
     changed = _changed(before, after)
     if changed and not report.modified:
-        raise PluginError(f"the pass reports no edit but changed {changed}", at=place)
+        raise PluginError(f"the pass reports no edit but changed {changed}", at=place, fix=AUTHOR)
     if report.modified and not changed:
-        raise PluginError(f"the pass reports {len(report.edits)} edits but changed nothing", at=place)
+        raise PluginError(f"the pass reports {len(report.edits)} edits but changed nothing", at=place, fix=AUTHOR)
     if changed:
         _check_outputs(step, before, after, place)
 
 
 def _check_outputs(step: Pass, before: CapturedModel, after: CapturedModel, place: str) -> None:
     with torch.no_grad():
-        expected = _outputs(before)
-        actual = [v for v in propagate(after, after.inputs) if isinstance(v, Tensor)]
+        expected = _outputs(before, before.inputs)
+        try:
+            actual = [v for v in propagate(after, after.inputs) if isinstance(v, Tensor)]
+        except SurgeryError:
+            raise
+        except Exception as failure:
+            raise PluginError(f"the edited graph does not run: {in_short(failure)}", at=place, fix=AUTHOR) from failure
     if [(a.shape, a.dtype) for a in actual] != [(e.shape, e.dtype) for e in expected]:
         raise PassError(
             f"the outputs change from {[tuple(e.shape) for e in expected]} to {[tuple(a.shape) for a in actual]}",
             at=place,
         )
+    _check_other_batches(before, after, place)
     for value, reference in zip(actual, expected, strict=True):
         if value.is_floating_point() and bool(value.isnan().any()) and not bool(reference.isnan().any()):
             raise PassError("the edited model gives NaN on the example inputs", at=place)
@@ -93,15 +148,40 @@ def _check_outputs(step: Pass, before: CapturedModel, after: CapturedModel, plac
             )
 
 
+def _check_other_batches(before: CapturedModel, after: CapturedModel, place: str) -> None:
+    """A model that takes any number of samples still does."""
+    problem = ""
+    sizes = other_sizes(before.inputs.batch_size) if before.dynamic_batch else []
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                _outputs(after, after.inputs.with_batch(size))
+            return
+        except Exception as error:
+            problem = problem or f"the edited model no longer takes {size} samples: {in_short(error)}"
+    if problem:
+        fix = f"write no batch size into the graph, such as the {before.inputs.batch_size} of the example; {AUTHOR}"
+        raise PluginError(problem, at=place, fix=fix)
+
+
+def in_short(error: BaseException) -> str:
+    """Kind and first line of an error, cut where it is long; PyTorch's may print a whole graph."""
+    return f"{type(error).__name__}: {shorten(first_line(error), LONGEST, placeholder=' …')}"
+
+
+LONGEST = 300
+"""Characters of another library's message that ours quote."""
+
+
 def _bound(step: Pass, value: Tensor) -> float:
     """`exact_bound`, or four rounding steps of a type too short for it."""
     return max(step.exact_bound, 4 * torch.finfo(value.dtype).eps) if value.is_floating_point() else step.exact_bound
 
 
-def _outputs(model: CapturedModel) -> list[Tensor]:
+def _outputs(model: CapturedModel, inputs: Inputs) -> list[Tensor]:
     from torch import fx
 
-    flat = fx.Interpreter(model).run(*leaf_inputs(model.inputs), enable_io_processing=False)
+    flat = fx.Interpreter(model).run(*leaf_inputs(inputs), enable_io_processing=False)
     return [v for v in flat if isinstance(v, Tensor)]
 
 

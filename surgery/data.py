@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class Data:
 
     @classmethod
     def of(cls, value: Any) -> Data:
-        """`None`, an iterable of batches, or `Data`, as `Data`; a one-shot iterator is read into memory once."""
+        """`None`, an iterable of batches, or `Data`, as `Data`; a one-shot iterator is read into memory once, and a
+        lone tensor or dict is one batch."""
         if value is None:
             return cls()
         data = value if isinstance(value, cls) else cls(calibration=value)
@@ -63,6 +64,10 @@ def pair_of(batch: Any, place: str) -> tuple[Any, Any]:
 def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:
     if batches is None:
         return None
+    from torch import Tensor
+
+    if isinstance(batches, Tensor | Mapping):
+        return [batches]
     if not isinstance(batches, Iterable):
         raise InputError(
             f"{role} data is {type(batches).__name__}, not an iterable of batches",

@@ -44,12 +44,7 @@ class Deviation:
 
     def add(self, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> None:
         """Raises ModelError where the two differ in the number or the shapes of tensors."""
-        shapes = [[tuple(t.shape) for t in tensors] for tensors in (reference, candidate)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(
-                f"the outputs have shapes {shapes[1]}, the reference's {shapes[0]}",
-                fix="compare models that return the same number of tensors in the same shapes",
-            )
+        check_shapes(reference, candidate)
         self.outputs = self.outputs or [_Output() for _ in reference]
         for output, r, c in zip(self.outputs, reference, candidate, strict=True):
             output.add(r, c)
@@ -67,6 +62,16 @@ class Deviation:
     def sqnr_db(self) -> float:
         """Infinite if identical, minus infinity if the candidate has NaN or the reference is all zeros."""
         return min((_decibel(o.signal, o.noise) for o in self.outputs), default=math.inf)
+
+
+def check_shapes(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> None:
+    """Raises ModelError where the two differ in the number or the shapes of tensors."""
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (reference, candidate)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(
+            f"the outputs have shapes {shapes[1]}, the reference's {shapes[0]}",
+            fix="compare models that return the same number of tensors in the same shapes",
+        )
 
 
 def _largest(values: Tensor) -> float:

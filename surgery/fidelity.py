@@ -1,4 +1,8 @@
-"""How far an operated model is from the original. It may lose something, within the recipe's budget."""
+"""How far an operated model is from the original. It may lose something, within the recipe's budget.
+
+Outputs of integers and truth values, such as indices and masks, are names and no amounts: they agree or they do not,
+and have no part in errors and SQNR where there are other outputs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .deviation import Deviation
+from .deviation import Deviation, check_shapes
 from .errors import InputError
 from .running import Model, batch_size, batches_of, running
 
@@ -18,7 +22,10 @@ Metric = Callable[[Any, Any], float]
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a candidate is from its reference, over all samples seen. `surgery.deviation` holds the formulas."""
+    """How far a candidate is from its reference, over all samples seen. `surgery.deviation` holds the formulas.
+
+    Errors and SQNR are those of the floating-point outputs, or of all where there are none.
+    """
 
     samples: int
     max_error: float
@@ -32,6 +39,8 @@ class Fidelity:
     accuracy_reference: float | None = None
     """Share of samples whose largest logit is the right one, 0 to 1, or the mean metric; None without labels."""
     accuracy_candidate: float | None = None
+    integer_agreement: float | None = None
+    """Share of equal values, 0 to 1, in the worst output of integers or truth values; None without such an output."""
 
 
 def fidelity(
@@ -65,9 +74,14 @@ class Comparison:
     samples: int = 0
     agreeing: float | None = 0.0
     scores: tuple[float, float] | None = None
+    equal: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of the outputs of integers, by position: how many values are equal, of how many."""
 
     def add(self, reference: Sequence[Tensor], candidate: Sequence[Tensor], target: Any, samples: int) -> None:
-        self.deviation.add(reference, candidate)
+        check_shapes(reference, candidate)
+        self._add_integers(reference, candidate)
+        amounts = [i for i in range(len(reference)) if i not in self.equal] or range(len(reference))
+        self.deviation.add([reference[i] for i in amounts], [candidate[i] for i in amounts])
         self.samples += samples
         agreeing = _same_class(reference[0], candidate[0]) if _are_logits(reference) else None
         self.agreeing = None if agreeing is None or self.agreeing is None else self.agreeing + agreeing
@@ -85,7 +99,15 @@ class Comparison:
             top1_agreement=None if self.agreeing is None else self.agreeing / self.samples,
             accuracy_reference=self.scores and self.scores[0] / self.samples,
             accuracy_candidate=self.scores and self.scores[1] / self.samples,
+            integer_agreement=min((equal / max(1, count) for equal, count in self.equal.values()), default=None),
         )
+
+    def _add_integers(self, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> None:
+        for position, (one, other) in enumerate(zip(reference, candidate, strict=True)):
+            if not (one.is_floating_point() or one.is_complex()):
+                equal, count = self.equal.get(position, (0, 0))
+                now = int((one.cpu() == other.cpu()).sum())
+                self.equal[position] = equal + now, count + one.numel()
 
     def _score(self, output: Tensor, target: Any) -> float:
         if self.metric is not None:

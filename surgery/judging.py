@@ -23,6 +23,7 @@ from .errors import RecipeError
 from .export.onnx import OPSET, export_onnx
 from .export.runtime import runtime_session
 from .measurement import Latency, measure, seconds
+from .parity import bound_of
 from .recipe import Recipe
 from .steps import Standing, StepLatency
 from .verification import Verification, verify
@@ -91,9 +92,17 @@ class Judge:
             raise RecipeError(
                 f"the unmodified model breaks the budget already: {problems}",
                 at=place,
-                fix="ask for less than the model has; or are its weights, or the data, not what they should be?",
+                fix="ask for less than the model has; or are its weights, or the data, not what they should be?"
+                + self._rounding(verification),
             )
         return self._standing(self.original, verification)
+
+    def _rounding(self, verification: Verification) -> str:
+        """How to let parity be what the number type of the weights rounds to, where that is what fails."""
+        asked, possible = self._recipe.budget.parity, bound_of(self.original)
+        if asked is None or "parity" not in verification.broken or possible <= asked:
+            return ""
+        return f" The weights' number type rounds to more than that: --set budget.parity={possible:g}"
 
     def operated(self, model: CapturedModel, before: CapturedModel) -> Standing:
         """Where a model stands after a step that was handed `before`."""

@@ -192,20 +192,21 @@ class Pass(Named, ABC):
                 written in place, an edit or skip without a reason.
         """
         from . import contract
+        from .tracing import user_line
 
         try:
             self.check_data(context.data, context.plugins)
             edited = contract.snapshot(model)
-            watched = contract.versions(model)
+            watch = contract.Watch(model, context)
             report = contract.check_report(self, self.apply(edited, context))
-            contract.check_untouched(self, watched)
+            watch.check(self)
             contract.check_result(self, model, edited, report)
         except SurgeryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CrashError(
-                f"{type(error).__name__}: {error}",
-                at=f"pass {self.name()}",
+                contract.in_short(error),
+                at=", ".join(filter(None, [f"pass {self.name()}", user_line(error)])),
                 fix="the model is unchanged; exclude the layer with `exclude:`, or report this to the plugin's author",
             ) from error
         return edited, report
@@ -228,8 +229,18 @@ def _definition_problem(cls: Any) -> str | None:
         return "is not a frozen dataclass (@dataclass(frozen=True, kw_only=True))"
     if not cls.summary() or cls.summary().startswith(f"{cls.__name__}("):
         return "has no docstring; its first line is the pass's summary"
-    unknown = cls.strength.keys() - {option.name for option in fields(cls)}
-    if unknown:
+    options = {option.name for option in fields(cls)}
+    if taken := (options - {"select", "exclude"}) & vars(Pass).keys():
+        return f"has an option {min(taken)!r}, which is a name of surgery.Pass itself"
+    for trait in ("gives", "marks", "clears"):
+        if not (
+            isinstance(getattr(cls, trait), set | frozenset) and all(isinstance(t, str) for t in getattr(cls, trait))
+        ):
+            return f"{trait} is {getattr(cls, trait)!r}, no set of names"
+    for table in ("refuses", "strength"):
+        if not isinstance(getattr(cls, table), Mapping):
+            return f"{table} is {getattr(cls, table)!r}, no mapping"
+    if unknown := cls.strength.keys() - options:
         return f"strength names no option: {', '.join(sorted(unknown))}"
     if cls.name() in RESERVED:
         return f"is named {cls.name()!r}, which is a key of recipes"

@@ -27,6 +27,7 @@ from .judging import Judge
 from .measurement import Latency, Measurement
 from .packing.writing import pack
 from .passes import Pass, PassReport
+from .preparing import unwrapped
 from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .running import check_device
@@ -112,6 +113,7 @@ def operate(
     plugins = registry or Registry.load()
     plan = resolve(recipe, plugins, overrides)
     check_device(device)
+    model = unwrapped(model)
     inputs, given = Inputs.of(model, example_inputs), Data.of(data)
     for step in plan.steps:
         step.check_data(given, plugins)
@@ -201,8 +203,10 @@ class _Run:
                 problems = reached.verification.shortfalls if report.modified else ()
             except (ModelError, PassError) as error:
                 if how == "continue" or isinstance(error, CrashError):
-                    raise _placed(error, index, len(self.plan.steps)) from error.__cause__ or error
+                    raise _placed(error, index, len(self.plan.steps), step) from error.__cause__ or error
                 problems = (error.problem,)
+            except SurgeryError as error:
+                raise _placed(error, index, len(self.plan.steps), step) from error.__cause__ or error
             if how == "continue" or not problems:
                 outcome: Outcome = "softened" if attempts else "kept"
                 return current, result(report, reached, outcome, attempts=tuple(attempts))
@@ -233,8 +237,8 @@ class _Run:
         return result, report, judge.operated(result, before=model)
 
     def _write_files(self, original: CapturedModel, result: CapturedModel, judge: Judge) -> dict[str, Path]:
-        lock = {**self.plan.lock, "sha256": self.plan.hash}
-        self.folder.write("recipe.lock.yaml", yaml.safe_dump(lock, sort_keys=False, allow_unicode=True))
+        lock = yaml.safe_dump(self.plan.lock, sort_keys=False, allow_unicode=True)
+        self.folder.write("recipe.lock.yaml", f"# sha256 of what it does: {self.plan.hash}\n{lock}")
         files: dict[str, Path] = {}
         if "onnx" in self.plan.recipe.export:
             shipped = result if result is not original else snapshot(result)
@@ -270,10 +274,12 @@ class _Run:
             yield Path(path)
 
 
-def _placed(error: ModelError | PassError, index: int, steps: int) -> SurgeryError:
-    place = ", ".join(filter(None, [f"step {index} of {steps}", error.at]))
-    way_on = "" if isinstance(error, CrashError) else "or go on without it: `on_break: soften`, `undo` or `stop`"
-    fix = "; ".join(filter(None, [error.fix, way_on]))
+def _placed(error: SurgeryError, index: int, steps: int, step: Pass) -> SurgeryError:
+    name = "" if f"pass {step.name()}" in error.at else f"pass {step.name()}"
+    place = ", ".join(filter(None, [f"step {index} of {steps}", name, error.at]))
+    can_go_on = isinstance(error, ModelError | PassError) and not isinstance(error, CrashError)
+    way_on = "go on without it: `on_break: soften`, `undo` or `stop`" if can_go_on else ""
+    fix = "; or ".join(filter(None, [error.fix, way_on]))
     return type(error)(error.problem, at=place, fix=fix)
 
 

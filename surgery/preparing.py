@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from .errors import CaptureError
+from .errors import CaptureError, ModelError
 from .names import tensors
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -20,12 +21,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and data-parallel wrappers.
 
     Raises:
+        ModelError: it is no module, or its weights have no values.
         CaptureError: TorchScript, which has no Python to follow.
     """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
+        fix = f"give an instance, {model.__name__}(…)" if isinstance(model, type) else "give an nn.Module"
+        weights = "; load the weights into one, `module.load_state_dict(…)`" if isinstance(model, Mapping) else ""
+        raise ModelError(f"the model is {given}, no module", fix=fix + weights)
     while inner := next((key for cls, key in _WRAPPERS.items() if type(model).__name__ == cls), None):
         model = model.get_submodule(inner)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(f"{type(model).__name__} is TorchScript", fix="give the Python model it was made from")
+    if empty := next((name for name, tensor in tensors(model).items() if tensor.is_meta), None):
+        raise ModelError(
+            f"{empty} is on the meta device, it has no values",
+            fix="`model.to_empty(device='cpu')`, then load its weights",
+        )
     return model
 
 

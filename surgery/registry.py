@@ -183,14 +183,18 @@ class Registry:
                 given = implementation.function()
                 given = given if isinstance(given, Mapping) else list(given)
             except Exception as error:
-                raise PluginError(f"{hook} fails: {error}", at=f"plugin {implementation.plugin_name}") from error
+                raise PluginError(
+                    f"{hook} fails: {type(error).__name__}: {error}",
+                    at=f"plugin {implementation.plugin_name}",
+                    fix="it has to return a list, see docs/plugins.md",
+                ) from error
             yield implementation.plugin_name, given
 
 
 def _import(point: EntryPoint) -> object:
     try:
         return point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         package = point.dist.name if point.dist else point.value
         raise PluginError(
             f"plugin {point.name!r} does not import: {type(error).__name__}: {error}",
@@ -223,6 +227,10 @@ def _target_name(value: Any, plugin: str) -> str:
 
 def _recipe_name(value: Any, plugin: str) -> str:
     name = str(getattr(value, "name", value))
-    if not name.endswith(".yaml"):
-        raise PluginError(f"recipe {name!r} does not end in .yaml", at=f"plugin {plugin}")
+    if not (isinstance(value, Traversable) and value.is_file() and name.endswith(".yaml")):
+        raise PluginError(
+            f"recipe {str(value)!r} is no path of a .yaml file",
+            at=f"plugin {plugin}",
+            fix="give paths, such as those of `importlib.resources.files(package).iterdir()`",
+        )
     return name.rpartition("/")[2].removesuffix(".yaml")

@@ -76,7 +76,8 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Mo
 
 
 def release(model: fx.GraphModule, layer: Layer, weight_only: bool = False) -> list[fx.Node]:
-    """Take the tensors that only this functional layer reads off the model, so that their names are free.
+    """Take the tensors that only this functional layer reads off the model, so that their names are free. Those of a
+    module that is called as well stay.
 
     Nodes that must go once the layer's calls are others come back, last first: readers, and what they compute the
     weight by.
@@ -87,12 +88,14 @@ def release(model: fx.GraphModule, layer: Layer, weight_only: bool = False) -> l
     read = [weight] if weight_only else [n for node in layer.nodes for n in node.all_input_nodes]
     readers = dict.fromkeys(n for n in (*read, *weight_expression(layer)) if n is not None and n.op == "get_attr")
     released = [node for node in weight_expression(layer) if node.op != "get_attr"]
+    called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
     for reader in readers:
         name = str(reader.target)
         others = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == name and n is not reader]
         if reader not in inputs and not others and all(user in inside for user in reader.users):
             path, _, leaf = name.rpartition(".")
-            delattr(model.get_submodule(path), leaf)
+            if path not in called:
+                delattr(model.get_submodule(path), leaf)
             released.append(reader)
     return sorted(released, reverse=True)
 

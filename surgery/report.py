@@ -77,9 +77,11 @@ def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table
     """What a person reads first: before and after, then what each pass did and left alone."""
     result = [
         _comparison(summary, timings),
-        proof(summary["verification"], any(summary["recipe"]["budget"].values())),
+        proof(summary["verification"], _bounds_fidelity(summary["recipe"]["budget"])),
         _way(summary, timings),
     ]
+    if summary["capture"]["notes"]:
+        result.append(Table("Capture", ("note",), tuple((note,) for note in summary["capture"]["notes"])))
     for number, step in enumerate(summary["steps"], 1):
         rows = [("tried", "", text, "") for text in step["attempts"]]
         rows += [("edit", e["layer"], e["what"], _numbers(e["numbers"])) for e in step["edits"]]
@@ -93,6 +95,10 @@ def tables(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> list[Table
             )
         )
     return result
+
+
+def _bounds_fidelity(budget: Mapping[str, Any]) -> bool:
+    return any(bound is not None for name, bound in budget.items() if name != "parity")
 
 
 def _outcome(step: Mapping[str, Any]) -> str:
@@ -125,9 +131,10 @@ def _way(summary: Mapping[str, Any], timings: Mapping[str, Any]) -> Table:
 def _fidelity_in_short(fidelity: Mapping[str, Any]) -> str:
     if fidelity["accuracy_candidate"] is not None:
         return f"accuracy {fidelity['accuracy_candidate']:.2%}"
+    noise = f"SQNR {_show(fidelity['sqnr_db'])} dB"
     if fidelity["top1_agreement"] is not None:
-        return f"same class {fidelity['top1_agreement']:.2%}"
-    return f"SQNR {_show(fidelity['sqnr_db'])} dB"
+        return f"same class {fidelity['top1_agreement']:.2%}, {noise}"
+    return noise
 
 
 def _course(step: Mapping[str, Any], asked: Mapping[str, Any], left: Sequence[Mapping[str, Any]]) -> Iterator[str]:

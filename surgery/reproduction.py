@@ -90,7 +90,7 @@ def another_sample(model: nn.Module, inputs: Inputs) -> Known | None:
 def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, str]:
     """Other numbers in another batch size with the model's outputs; or None and why the model takes none."""
     reason = ""
-    for size in _other_sizes(inputs.batch_size):
+    for size in other_sizes(inputs.batch_size):
         for other in (varied(inputs.with_batch(size)), inputs.with_batch(size)):
             try:
                 return known(twin(model), other), ""
@@ -99,8 +99,9 @@ def at_another_batch(model: nn.Module, inputs: Inputs) -> tuple[Known | None, st
     return None, reason
 
 
-def _other_sizes(batch: int) -> list[int]:
-    """Small first, as a forward costs by the sample; not one, at which models squeeze and broadcast."""
+def other_sizes(batch: int) -> list[int]:
+    """Sizes of a batch to try: small first, as a forward costs by the sample; not one, at which models squeeze and
+    broadcast."""
     small = 2 if batch != 2 else 3
     return list(dict.fromkeys((small, batch + 2, 2 * batch)))
 

@@ -1,6 +1,6 @@
 """A run folder: finished steps survive a kill, artifacts appear whole or not at all, other runs are not touched.
 
-run.json                     what the folder belongs to: hashes of recipe, model and inputs
+run.json                     what the folder belongs to: hashes of recipe, passes' code, model and inputs
 steps/0-capture/             state, report and latency of each finished step; older states are dropped, reports stay
 model.onnx model.py model.safetensors model.surgery recipe.lock.yaml report.json report.md report.html timings.json
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from .captured import CapturedModel
 from .errors import RunError
 from .inputs import Inputs
 from .names import tensors
+from .passes import Pass
 from .recipe import Plan
 from .state import load_state, save_state
 from .steps import StepResult
@@ -35,12 +37,25 @@ def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     `steps`: what each step depends on, the recipe up to it.
     """
     shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in inputs.named_tensors.items()}
+    code = [_code(type(step)) for step in plan.steps]
     return {
         "recipe": plan.hash,
+        "plugins": _digest("".join(code).encode()),
         "model": fingerprint(model),
         "inputs": _digest(json.dumps(shapes, sort_keys=True).encode()),
-        "steps": [plan.hash_of(count) for count in range(len(plan.steps) + 1)],
+        "steps": [_digest("".join([plan.hash_of(n), *code[:n]]).encode()) for n in range(len(code) + 1)],
     }
+
+
+def _code(cls: type[Pass]) -> str:
+    """SHA-256 over the source of the package that the pass comes from, or of its module where that is in none."""
+    module = sys.modules[cls.__module__]
+    file = Path(getattr(module, "__file__", None) or "")
+    files = sorted(file.parent.rglob("*.py")) if module.__package__ else [file]
+    hasher = hashlib.sha256(f"{cls.__module__}.{cls.__qualname__}".encode())
+    for source in (source for source in files if source.is_file()):
+        hasher.update(source.read_bytes())
+    return hasher.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -84,10 +99,12 @@ class RunFolder:
             held = _read_json(marker)
             held = held if isinstance(held, dict) else {}
             differing = [part for part in key if part != "steps" and held.get(part) != key[part]]
-            same_so_far = differing == ["recipe"] and self._begins_alike(held.get("steps"), key["steps"])
+            same_so_far = {*differing} <= {"recipe", "plugins"} and self._begins_alike(held.get("steps"), key["steps"])
             worth_keeping = [*self._steps.glob("[1-9]*"), *self.path.glob("model.*"), *self.path.glob("report.*")]
             if differing and worth_keeping and not (same_so_far and resume):
                 way_on = "; or resume: the recipes are the same as far as it came" if same_so_far else ""
+                if resume and "recipe" in differing:
+                    way_on = "; only passes behind those that are finished may change, not name, seed, budget or files"
                 what = " and with other ".join(differing)
                 raise RunError(
                     f"the folder holds a run with other {what}",

@@ -274,3 +274,23 @@ def test_a_layer_of_another_kind_is_refused(captured):
     norm = next(layer for layer in layers(captured) if layer.name == "norm")
     with pytest.raises(PluginError, match="BatchNorm2d has no weight that could be computed"):
         replace_weight(captured, norm, masked, {"weight": nn.Parameter(torch.ones(8))})
+
+
+class TiedThroughAFunction(nn.Module):
+    """A weight that a layer has, and that the graph computes another one from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.enc(x).relu(), self.enc.weight.t())
+
+
+def test_a_weight_computed_from_that_of_a_layer_leaves_the_layer_its_own() -> None:
+    captured = capture(TiedThroughAFunction().eval(), x := torch.randn(2, 6))
+    made = surgery.dense(captured)
+    assert torch.equal(made(x), captured(x))
+    assert sorted(name for name, _ in made.named_parameters()) == ["enc.bias", "enc.weight", "enc_linear_1.weight"]
+    operation = surgery.operate(captured, x, "fold_only", latency_rounds=0)
+    assert operation.passed

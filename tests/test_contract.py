@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import Context, Edit, InputError, Pass, PassError, PassReport, PluginError, RecipeError, Registry, Skip
+from surgery import (
+    Context,
+    Data,
+    Edit,
+    InputError,
+    Pass,
+    PassError,
+    PassReport,
+    PluginError,
+    RecipeError,
+    Registry,
+    Skip,
+)
 from surgery.contract import snapshot
 from surgery.graph import layers, shape
 from surgery.names import tensors
@@ -173,7 +185,8 @@ def test_an_error_of_a_pass_names_it_and_leaves_the_model(model):
 
     with pytest.raises(PassError, match=r"KeyError: 'weight'") as caught:
         apply(doing(fails), model)
-    assert caught.value.at == "pass doing"
+    assert caught.value.at.startswith("pass doing, ")
+    assert "test_contract.py" in caught.value.at
     assert "unchanged" in caught.value.fix
     assert all(torch.equal(t, before[name]) for name, t in tensors(model).items())
 
@@ -239,3 +252,79 @@ def test_a_class_that_breaks_the_rules_for_definitions_is_refused(cls, why):
     with pytest.raises(PluginError, match=why) as caught:
         check_class(cls, "plugin mine")
     assert caught.value.at == "plugin mine"
+
+
+def test_writing_through_data_is_seen_as_well(model):
+    def writes(model, context):
+        layers(model)[0].module.weight.data.mul_(2)
+        return PassReport((Edit("0", "doubled"),))
+
+    with pytest.raises(PluginError, match=r"of the model before the pass was written in place") as caught:
+        apply(doing(writes), model)
+    assert "replace parameters" in caught.value.fix
+
+
+def test_neither_the_original_nor_the_data_may_be_written_to(model):
+    original, batches = NETWORKS["plain_cnn"].captured(), NETWORKS["plain_cnn"].calibration()
+
+    def writes_the_original(model, context):
+        layers(context.original)[0].module.weight.data.neg_()
+        return scaled(model)
+
+    def writes_the_data(model, context):
+        for batch in context.data.calibration:
+            batch.zero_()
+        return scaled(model)
+
+    for function, words in ((writes_the_original, "of the original was"), (writes_the_data, "calibration batch 0 was")):
+        with pytest.raises(PluginError, match=words):
+            doing(function)(model, Context(original, Data(calibration=batches)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), torch.tensor(1.0), "0.5"])
+def test_numbers_of_an_edit_are_finite_numbers_of_python(model, number):
+    def reports(model, context):
+        scaled(model)
+        return PassReport((Edit("0", "scaled", {"gain": number}),))
+
+    with pytest.raises(PluginError, match=r"edit of 0 gives gain as .* no finite number"):
+        apply(doing(reports), model)
+
+
+def test_a_report_of_other_things_than_edits_is_refused(model):
+    with pytest.raises(PluginError, match=r"not a surgery\.Skip"):
+        apply(doing(lambda model, context: PassReport((), (("0", "why"),))), model)
+
+
+def test_a_pass_that_exits_has_crashed(model):
+    def leaves(model, context):
+        raise SystemExit(0)
+
+    with pytest.raises(PassError, match="SystemExit"):
+        apply(doing(leaves), model)
+
+
+def test_a_batch_size_written_into_the_graph_is_refused(model):
+    def fixes(model, context):
+        output = next(iter(model.graph.nodes.__reversed__()))
+        [value] = output.all_input_nodes
+        with model.graph.inserting_before(output):
+            fixed = model.graph.call_function(torch.ops.aten.reshape.default, (value, list(shape(value))))
+        fixed.meta = dict(value.meta)
+        output.replace_input_with(value, fixed)
+        return PassReport((Edit("output", "reshaped"),))
+
+    with pytest.raises(PluginError, match=r"no longer takes \d+ samples") as caught:
+        apply(doing(fixes), model)
+    assert "batch size" in caught.value.fix
+
+
+def test_long_messages_of_pytorch_are_cut(model):
+    def breaks(model, context):
+        node = next(node for node in model.graph.nodes if node.op == "call_module")
+        node.target = "nowhere"
+        return PassReport((Edit("0", "broken"),))
+
+    with pytest.raises(PluginError, match="graph") as caught:
+        apply(doing(breaks), model)
+    assert len(str(caught.value)) < 700

@@ -13,6 +13,7 @@ import yaml
 
 import surgery
 from surgery import Data, Registry, hooks
+from surgery.testing import check_pass, contract_cases, edited_networks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +35,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
-    plugin_code, _, test_code = code_blocks("docs/plugins.md", "python")
+    plugin_code, _, _, test_code = code_blocks("docs/plugins.md", "python")
     plugin = ModuleType("round_weights")
     monkeypatch.setitem(sys.modules, "round_weights", plugin)
     exec(compile(plugin_code, "docs/plugins.md", "exec"), plugin.__dict__)
@@ -51,6 +52,18 @@ def test_the_plugin_of_the_docs_works_and_keeps_the_contract(monkeypatch):
     exec(compile(test_code, "docs/plugins.md", "exec"), tests)
     for case in tests["test_contract"].pytestmark[0].args[1][:4]:
         tests["test_contract"](*case.values)
+    tests["test_the_contract_was_put_to_the_test"]()
+
+
+def test_the_pass_of_the_docs_that_removes_channels_keeps_the_contract(monkeypatch):
+    _, code, *_ = code_blocks("docs/plugins.md", "python")
+    plugin = ModuleType("drop_smallest")
+    monkeypatch.setitem(sys.modules, "drop_smallest", plugin)
+    exec(compile(code, "docs/plugins.md", "exec"), plugin.__dict__)
+    cases = contract_cases([plugin.DropSmallest()])
+    for case in cases[:6]:
+        check_pass(*case.values)
+    assert len(list(edited_networks(plugin.DropSmallest(), [case.values[1] for case in cases[:6]]))) >= 5
 
 
 def test_the_recipes_of_the_docs_are_recipes():

@@ -117,7 +117,7 @@ class WritesInPlace(Bad):
             layer.module.weight.mul_(2)
 
 
-@bad("leaves_its_input_alone", "0.weight was changed")
+@bad("keeps_the_contract", "0.weight of the model before the pass was written in place")
 class WritesBehindTorch(Bad):
     """Writes through NumPy, which leaves no trace in torch."""
 
@@ -167,7 +167,7 @@ class NamesNoLayer(Bad):
     report = PassReport((Edit("nowhere", "doubled"),))
 
 
-@bad("numbers_are_finite", "nan")
+@bad("keeps_the_contract", "error as nan, which is no finite number")
 class ReportsNaN(Bad):
     """Measures badly."""
 

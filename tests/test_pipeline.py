@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from surgery import (
     Data,
     Edit,
     InputError,
+    ModelError,
     Pass,
     PassError,
     PassReport,
@@ -614,3 +617,104 @@ def test_a_run_killed_anywhere_and_resumed_is_the_same_bytes(tmp_path):
     expected = files(tmp_path / "undisturbed")
     for folder in sorted(tmp_path.glob("killed-*")):
         assert files(folder) == expected, folder.name
+
+
+def test_the_lock_beside_the_result_can_be_run(net, inputs, tmp_path):
+    first = operate(net, inputs, {"damp": {"factor": 0.5}}, out=tmp_path / "one")
+    lock = tmp_path / "one" / "recipe.lock.yaml"
+    assert first.plan.hash in lock.read_text()
+    again = surgery.operate(net, inputs, lock, registry=REGISTRY, latency_rounds=0, out=tmp_path / "two")
+    assert again.plan.hash == first.plan.hash
+
+
+MODULE = """
+from dataclasses import dataclass
+import surgery
+from torch import nn
+
+@dataclass(frozen=True, kw_only=True)
+class {name}(surgery.Pass):
+    "Multiplies the head."
+    idempotent = False
+
+    def apply(self, model, context):
+        {crash}
+        layer = next(layer for layer in surgery.layers(model) if layer.name == "head")
+        layer.module.weight = nn.Parameter(layer.module.weight.detach() * {factor})
+        return surgery.PassReport((surgery.Edit("head", "scaled"),))
+"""
+
+
+def test_steps_of_a_plugin_that_was_changed_are_not_taken_over(net, inputs, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+
+    def run(first, second, crash="", **options):
+        classes = []
+        for name, factor, line in (("First", first, ""), ("Second", second, crash)):
+            file = f"{name.lower()}_of_mine"
+            (tmp_path / f"{file}.py").write_text(MODULE.format(name=name, factor=factor, crash=line or "pass"))
+            monkeypatch.delitem(sys.modules, file, raising=False)
+            importlib.invalidate_caches()
+            shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+            classes.append(getattr(importlib.import_module(file), name))
+        plugin = type("Mine", (), {"surgery_passes": hookimpl(lambda self: classes)})()
+        recipe = {"name": "t", "passes": ["first", "second"]}
+        return surgery.operate(
+            net, inputs, recipe, out=out, registry=surgery.Registry([plugin]), latency_rounds=0, **options
+        )
+
+    with pytest.raises(CrashError):
+        run(2.0, 3.0, crash="raise ValueError('not yet')")
+    with pytest.raises(RunError, match="other plugins"):
+        run(5.0, 3.0, resume=True)
+    mended = run(2.0, 4.0, resume=True)
+    assert torch.equal(dict(mended.model.named_parameters())["head.weight"], net.head.weight * 2 * 4)
+    with pytest.raises(RunError, match="other plugins"):
+        run(2.0, 5.0, resume=True)
+
+
+def test_a_bound_on_parity_alone_does_not_speak_for_the_fidelity(net, inputs):
+    operation = operate(net, inputs, "damp", budget={"parity": 1e-3})
+    [proof] = [t for t in report.tables(report.summary(operation), report.timings(operation)) if t.title == "Proof"]
+    assert "no budget bounds the fidelity" in dict(proof.rows)["verdict"]
+
+
+def test_what_capture_has_fixed_stands_in_the_report(tmp_path):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.register_buffer("of_each", torch.ones(2, 1, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) + self.of_each
+
+    operate(Fixed().eval(), torch.randn(2, 1, 5, 5), "damp", out=tmp_path / "run")
+    assert "batch size fixed at 2" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_lone_tensor_is_one_batch_of_data(net, inputs):
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3)).eval()
+    operation = operate(conv, torch.randn(1, 1, 5, 5), "damp", data=torch.randn(7, 1, 5, 5))
+    assert operation.verification.fidelity.samples == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Linear, "the class Linear, no module"),
+        (nn.Linear(2, 2).state_dict(), "OrderedDict"),
+        (nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
+    ],
+)
+def test_what_is_no_model_with_weights_is_refused(model, words):
+    with pytest.raises(ModelError, match=words) as caught:
+        operate(model, torch.randn(1, 2), "damp")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(("example", "words"), [(torch.randn(0, 2), "is empty"), ("two", "no tensor")])
+def test_examples_without_a_sample_are_refused(example, words):
+    with pytest.raises(InputError, match=words):
+        operate(nn.Linear(2, 2), example, "damp")

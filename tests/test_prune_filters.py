@@ -305,3 +305,14 @@ def test_choices_repeat_with_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert same(*(pruned("residual", data=True, macs=0.5)[0] for _ in range(2)))
+
+
+def test_a_budget_that_multiples_undershoot_is_noted():
+    model, coarse = pruned("plain_cnn", macs=0.9, round_to=4)
+    left = share("plain_cnn", model, "macs")
+    assert left < 0.9 * 0.99
+    assert coarse.notes == (
+        f"macs: {left:.3g} are left where 0.9 was asked for: what is left of a group is a multiple (round_to: 4); "
+        "`round_to: 1` comes nearest",
+    )
+    assert pruned("deep", macs=0.5)[1].notes == ()

@@ -143,3 +143,25 @@ def test_an_installed_pass_with_a_built_in_name_is_refused(site):
 def test_listing_passes_does_not_import_torch():
     code = "import sys; from surgery import Registry; Registry.load(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"refuses": {"shared"}}, "refuses is .* no mapping"),
+        ({"marks": "shared"}, "marks is 'shared', no set"),
+        ({"strength": ("x",)}, "strength is .* no mapping"),
+        ({"check": 1, "__annotations__": {"check": int}}, "an option 'check', which is a name of surgery.Pass"),
+    ],
+)
+def test_attributes_of_another_form_are_refused(attributes, message):
+    cls = type("Trim", (Pass,), {"__doc__": "Trims.", "apply": lambda *a: PassReport(), **attributes})
+    with pytest.raises(PluginError, match=message):
+        Registry([plugin(dataclass(frozen=True, kw_only=True)(cls))])
+
+
+def test_a_recipe_that_is_no_file_is_refused(tmp_path):
+    for given in ("some.yaml", tmp_path / "missing.yaml"):
+        giver = type("Giver", (), {"surgery_recipes": hookimpl(lambda self, given=given: [given])})()
+        with pytest.raises(PluginError, match=r"no path of a \.yaml file"):
+            Registry([giver])

@@ -264,3 +264,40 @@ def test_arguments_by_name_reach_the_file_whatever_their_order(tmp_path: Path) -
 def test_cuda_computes_what_the_cpu_computes(net: nn.Module) -> None:
     (device,) = verify(net, copy.deepcopy(net).cuda(), batches()).devices
     assert device.passed
+
+
+class Labelled(nn.Module):
+    """Scores and the index of the largest, as segmenters return them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = x @ self.weight
+        return scores, scores.argmax(1)
+
+
+def test_indices_agree_or_differ_and_have_no_part_in_errors() -> None:
+    x, weight = torch.eye(4), torch.eye(4) + 0.1 * torch.eye(4).roll(1, 1)
+    other = weight.clone()
+    other[0, 0], other[0, 3] = 0.9, 0.95
+    measured = fidelity(Labelled(weight), Labelled(other), x)
+    assert measured.integer_agreement == 0.75
+    assert measured.max_error == pytest.approx(0.95)
+    scores = [model(x)[0] for model in (Labelled(weight), Labelled(other))]
+    noise = (scores[0] - scores[1]).square().sum()
+    assert measured.sqnr_db == pytest.approx(10 * math.log10(scores[0].square().sum() / noise), rel=1e-6)
+
+
+def test_outputs_of_integers_alone_are_compared_as_numbers() -> None:
+    class Rounded(nn.Module):
+        def __init__(self, factor: int) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.factor).long()
+
+    measured = fidelity(Rounded(3), Rounded(4), torch.tensor([[0.0, 1.0]]))
+    assert (measured.max_error, measured.integer_agreement) == (1, 0.5)

@@ -105,6 +105,7 @@ class PruneFilters(Pass):
         found = context.channels(model, heads=self.heads)
         widths, skips, start = {side.layer: len(side.ids) for side in found.outputs}, _skips(found), Start.of(found)
         lost: Counter[str] = Counter()
+        notes: list[str] = []
         for step in range(1, self.steps + 1):
             found = found if step == 1 else context.channels(model, heads=self.heads)
             choice = Choice(self, found, criterion, context, start, step / self.steps)
@@ -113,6 +114,8 @@ class PruneFilters(Pass):
                 skips += [Skip(layer, why) for layer, why in choice.why_left([int(own.sum()) for own in marks])]
             if not any(bool(own.any()) for own in marks):
                 continue
+            if step == self.steps and (note := choice.note(marks)):
+                notes.append(note)
             lost += _lost(found, marks)
             keep = _kept_of(keep, found.kept(marks)) if repairs else keep
             found.remove(marks)
@@ -120,7 +123,7 @@ class PruneFilters(Pass):
                 repaired = self._repair(model, reference, keep, context)
         if repairs:
             skips += _not_solved(model)
-        return PassReport((*_edits(widths, lost), *repaired), tuple(skips))
+        return PassReport((*_edits(widths, lost), *repaired), tuple(skips), tuple(notes))
 
     def _repair(self, model: CapturedModel, reference: CapturedModel, keep: Kept, context: Context) -> tuple[Edit, ...]:
         from .repair import reconstruct

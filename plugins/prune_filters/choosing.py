@@ -133,6 +133,20 @@ class Choice:
             found.append((group.name, f"all {group.size} units stay: {why}"))
         return found
 
+    def note(self, marks: Sequence[Tensor]) -> str | None:
+        """That `marks` take more than the budget asks for, and why, if they do."""
+        budget = self._budget()
+        if budget is None:
+            return None
+        left = budget.measure(self.found.alive(marks)) / budget.whole
+        if left >= budget.target * (1 - TOLERANCE):
+            return None
+        coarse = self.options.round_to != 1
+        why = f"what is left of a group is a multiple (round_to: {self.options.round_to})" if coarse else ""
+        why = why or "units that go together, and what overrides ask for, leave nothing between"
+        finer = "; `round_to: 1` comes nearest" if coarse else ""
+        return f"{budget.name}: {left:.3g} are left where {budget.target:g} was asked for: {why}{finer}"
+
     def _within(self, budget: Budget, keys: Sequence[Tensor], ranks: Sequence[Tensor]) -> list[Tensor]:
         """Marks that meet the budget once units are spared."""
         aim, left = budget, 0.0
@@ -176,7 +190,8 @@ class Choice:
     def _scores(self) -> list[Tensor]:
         name, groups = self.criterion.name(), self.found.groups
         scores = self.criterion.scores(self.found, self.context)
-        if [tuple(score.shape) for score in scores] != [(group.size,) for group in groups]:
+        shapes = [tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__ for score in scores]
+        if shapes != [(group.size,) for group in groups]:
             raise PluginError(
                 f"criterion {name} gives scores of other shapes than the groups have",
                 at=self._place,

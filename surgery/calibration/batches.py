@@ -73,6 +73,8 @@ def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
     for name, tensor in given.items():
         like = example[name]
         shape = list(like.shape)
+        if not tensor.numel() and like.numel():
+            raise InputError(f"input {name} is empty, {tuple(tensor.shape)}", at=place, fix="leave the batch out")
         if model.dynamic_batch and shape and shape[0] == old:
             shape[0] = batch
         if list(tensor.shape) != shape or tensor.dtype != like.dtype or not tensor.numel():

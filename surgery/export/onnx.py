@@ -29,6 +29,7 @@ from ..captured import CapturedModel
 from ..deviation import Deviation
 from ..errors import ExportError, ModelError
 from ..inputs import Inputs
+from ..names import tensors
 from ..tracing import evaluating, first_line, quiet, user_line
 from .tensor_names import named_inputs, named_outputs, unique
 from .tidy import forget_inner_shapes, tidy
@@ -77,9 +78,11 @@ def export_onnx(
     try:
         _write(trace.onnx, target)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        rare = any(t.dtype in (torch.bfloat16, torch.float64) for t in tensors(model).values())
+        remedy = "`model.float()`: ONNX has few operators for its number type" if rare else "try another opset"
         raise ExportError(
             f"torch.onnx made an invalid file of {type(model).__name__}: {first_line(error)}",
-            fix="try another opset; an older file there is untouched",
+            fix=f"{remedy}; an older file there is untouched",
         ) from error
     except OSError as error:
         raise ExportError(

@@ -93,4 +93,6 @@ def _refused(path: Path, error: Exception) -> ModelError | ExportError:
     broken = type(error).__name__ in {"InvalidProtobuf", "InvalidArgument", "NoModel", "NoSuchFile"}
     if broken:
         return ModelError(f"{path} is no ONNX model: {first_line(error)}", fix="export it again")
-    return ExportError(f"ONNX Runtime cannot run {path}: {first_line(error)}", fix="try another opset or provider")
+    no_kernel = type(error).__name__ == "NotImplemented" or "Could not find an implementation" in str(error)
+    remedy = "it has no kernels for this number type; `model.float()`" if no_kernel else "try another opset or provider"
+    return ExportError(f"ONNX Runtime cannot run {path}: {first_line(error)}", fix=remedy)

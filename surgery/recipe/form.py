@@ -83,7 +83,8 @@ def describe(errors: Sequence[ErrorDetails], known: Any) -> str:
         return f"{'.'.join(map(str, error['loc'][:-1]))}: should be {expected}, got {error['input']!r}"
     where = ".".join(str(part) for part in error["loc"] if part != "[key]") or "value"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {where!r}{did_you_mean(where, known)}"
+        inner = Budget.model_fields if error["loc"][0] == "budget" and len(error["loc"]) > 1 else known
+        return f"unknown key {where!r}{did_you_mean(str(error['loc'][-1]), inner)}"
     if error["type"] == "missing":
         return f"{where!r} is missing"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

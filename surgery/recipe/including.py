@@ -75,7 +75,10 @@ def _included(
     if unknown or not isinstance(item["use"], str):
         problem = f"unknown key {unknown[0]!r} beside `use`" if unknown else f"use: {item['use']!r} is no name or path"
         raise RecipeError(problem, at=at, fix="write `use: recipe`, with `with: {pass: {option: value}}` if need be")
-    other = read(item["use"], registry, source.folder)
+    try:
+        other = read(item["use"], registry, source.folder)
+    except RecipeError as error:
+        raise RecipeError(error.problem, at=error.at or at, fix=error.fix) from error
     if other.place in users:
         circle = " uses ".join([*users[users.index(other.place) :], other.place])
         raise RecipeError(f"recipes use each other in a circle: {circle}", at=at, fix="remove one `use:`")

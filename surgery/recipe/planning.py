@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..errors import RecipeError, did_you_mean
-from ..passes import Pass
+from ..passes import RESERVED, Pass
 from ..registry import Registry
 from .form import OnBreak, Recipe, describe, validated
 from .including import expanded, overridden, read
@@ -121,9 +121,10 @@ def build_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     known = [option.name for option in fields(cls)]
     unknown = [key for key in options if key not in known]
     if unknown:
+        beside = f"write {unknown[0]} beside the pass: {{{cls.name()}: {{…}}, {unknown[0]}: …}}"
         raise RecipeError(
             f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)}",
-            fix=f"options of {cls.name()}: {', '.join(known)}",
+            fix=beside if unknown[0] in RESERVED else f"options of {cls.name()}: {', '.join(known)}",
         )
     try:
         return adapter(cls).validate_json(json.dumps(dict(options)), strict=True)  # strict: no "2" for 2
