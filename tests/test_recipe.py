@@ -305,3 +305,16 @@ def test_a_criterion_that_no_plugin_offers_is_refused_before_anything_runs():
     ) as caught:
         resolve(recipe, Registry.load())
     assert "passes.1 (prune_filters)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"passes": [{"shave": {"on_break": "undo"}}]}, r"write on_break beside the pass"),
+        ({"passes": ["shave"], "budget": {"sqnr": 3.0}}, r"did you mean sqnr_db\?"),
+        ({"passes": [{"use": "edge_int"}]}, r"no recipe named 'edge_int'.*\n  at:  recipe t, passes\.0"),
+    ],
+)
+def test_what_is_meant_instead_is_said(registry, recipe, words):
+    with pytest.raises(RecipeError, match=words):
+        resolve({"name": "t", **recipe}, registry)
