@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def summary(operation: Operation) -> dict[str, Any]:
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
+            **_versions({type(step).__module__.partition(".")[0] for step in operation.plan.steps}),
         },
         "capture": {
             "error": capture.capture_error,
@@ -58,6 +60,12 @@ def summary(operation: Operation) -> dict[str, Any]:
         "bytes": operation.sizes,
         "passed": operation.passed,
     }
+
+
+def _versions(packages: set[str]) -> dict[str, str]:
+    """Of the distributions that passes come from, by name."""
+    known = packages_distributions()
+    return {name: version(name) for package in sorted(packages) for name in sorted(set(known.get(package, ())))}
 
 
 def timings(operation: Operation) -> dict[str, Any]:

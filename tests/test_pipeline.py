@@ -718,3 +718,10 @@ def test_what_is_no_model_with_weights_is_refused(model, words):
 def test_examples_without_a_sample_are_refused(example, words):
     with pytest.raises(InputError, match=words):
         operate(nn.Linear(2, 2), example, "damp")
+
+
+def test_the_report_has_the_versions_of_the_packages_that_passes_come_from():
+    from importlib.metadata import version
+
+    operation = surgery.operate(nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5), "fold_only", latency_rounds=0)
+    assert report.summary(operation)["versions"]["model-surgery"] == version("model-surgery")
