@@ -97,11 +97,13 @@ def _watched(model: CapturedModel, context: Context) -> Iterator[tuple[str, Tens
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """Write counter, and the sum of the bits as integers: writing through `.data` does not count."""
+    """Write counter, and the sum of the bits as integers: writes through `.data`, and to tensors of inference mode, are
+    not counted."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach()
     bits = torch.view_as_real(bits) if bits.is_complex() else bits
-    return tensor._version, int(bits.contiguous().view(kinds[bits.element_size()]).sum(dtype=torch.int64))
+    counter = 0 if tensor.is_inference() else tensor._version
+    return counter, int(bits.contiguous().view(kinds[bits.element_size()]).sum(dtype=torch.int64))
 
 
 def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> None:

@@ -328,3 +328,18 @@ def test_long_messages_of_pytorch_are_cut(model):
     with pytest.raises(PluginError, match="graph") as caught:
         apply(doing(breaks), model)
     assert len(str(caught.value)) < 700
+
+
+def test_data_made_in_inference_mode_is_watched_too(model):
+    with torch.inference_mode():
+        batches = [batch.clone() for batch in NETWORKS["plain_cnn"].calibration()]
+    context = Context(model, Data(calibration=batches))
+    doing(lambda model, context: scaled(model))(model, context)
+
+    def writes(model, context):
+        with torch.inference_mode():
+            context.data.calibration[1].add_(1)
+        return scaled(model)
+
+    with pytest.raises(PluginError, match="calibration batch 1 was written"):
+        doing(writes)(model, context)

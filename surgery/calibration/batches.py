@@ -77,7 +77,7 @@ def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
             raise InputError(f"input {name} is empty, {tuple(tensor.shape)}", at=place, fix="leave the batch out")
         if model.dynamic_batch and shape and shape[0] == old:
             shape[0] = batch
-        if list(tensor.shape) != shape or tensor.dtype != like.dtype or not tensor.numel():
+        if list(tensor.shape) != shape or tensor.dtype != like.dtype:
             raise InputError(
                 f"input {name} is {_described(tensor.shape, tensor.dtype)}",
                 at=place,
