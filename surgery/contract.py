@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Iterator
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from .captured import CapturedModel, relative_error
 from .errors import PassError, PluginError, SurgeryError
 from .graph import leaf_inputs, propagate, remove_unused
 from .inputs import Inputs
-from .names import tensors
+from .names import bytes_of, tensors
 from .passes import Edit, PassReport, Skip
 from .reproduction import other_sizes
 from .tracing import first_line
@@ -70,13 +71,15 @@ class Watch:
     """What a pass may read and must not write: the model before it, the original, and the data."""
 
     def __init__(self, model: CapturedModel, context: Context) -> None:
-        self._tensors = dict(_watched(model, context))
-        self._state = {name: _state(tensor) for name, tensor in self._tensors.items()}
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in _watched(model, context):
+            once.setdefault(id(tensor), (name, tensor))
+        self._held = [(name, tensor, _state(tensor)) for name, tensor in once.values()]
 
     def check(self, step: Pass) -> None:
         """Raises PluginError where the pass wrote into one of them."""
-        for name, tensor in self._tensors.items():
-            if _state(tensor) != self._state[name]:
+        for name, tensor, state in self._held:
+            if _state(tensor) != state:
                 raise PluginError(
                     f"{name} was written in place",
                     at=f"pass {step.name()}",
@@ -97,13 +100,8 @@ def _watched(model: CapturedModel, context: Context) -> Iterator[tuple[str, Tens
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """Write counter, and the sum of the bits as integers: writes through `.data`, and to tensors of inference mode, are
-    not counted."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach()
-    bits = torch.view_as_real(bits) if bits.is_complex() else bits
-    counter = 0 if tensor.is_inference() else tensor._version
-    return counter, int(bits.contiguous().view(kinds[bits.element_size()]).sum(dtype=torch.int64))
+    """Write counter and checksum: writes through `.data`, and to tensors of inference mode, are not counted."""
+    return 0 if tensor.is_inference() else tensor._version, zlib.crc32(bytes_of(tensor))
 
 
 def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -44,3 +45,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         *model.named_buffers(remove_duplicate=False),
     )
     return dict(named)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values as they stand in memory, row by row."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return flat.numpy().data

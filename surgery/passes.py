@@ -233,10 +233,9 @@ def _definition_problem(cls: Any) -> str | None:
     if taken := (options - {"select", "exclude"}) & vars(Pass).keys():
         return f"has an option {min(taken)!r}, which is a name of surgery.Pass itself"
     for trait in ("gives", "marks", "clears"):
-        if not (
-            isinstance(getattr(cls, trait), set | frozenset) and all(isinstance(t, str) for t in getattr(cls, trait))
-        ):
-            return f"{trait} is {getattr(cls, trait)!r}, no set of names"
+        names = getattr(cls, trait)
+        if not (isinstance(names, set | frozenset) and all(isinstance(name, str) for name in names)):
+            return f"{trait} is {names!r}, no set of names"
     for table in ("refuses", "strength"):
         if not isinstance(getattr(cls, table), Mapping):
             return f"{table} is {getattr(cls, table)!r}, no mapping"

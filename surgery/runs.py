@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from .captured import CapturedModel
 from .errors import RunError
 from .inputs import Inputs
-from .names import tensors
+from .names import bytes_of, tensors
 from .passes import Pass
 from .recipe import Plan
 from .state import load_state, save_state
@@ -49,12 +48,12 @@ def run_key(plan: Plan, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 def _code(cls: type[Pass]) -> str:
     """SHA-256 over the source of the package that the pass comes from, or of its module where that is in none."""
-    module = sys.modules[cls.__module__]
-    file = Path(getattr(module, "__file__", None) or "")
-    files = sorted(file.parent.rglob("*.py")) if module.__package__ else [file]
+    module = sys.modules.get(cls.__module__)
     hasher = hashlib.sha256(f"{cls.__module__}.{cls.__qualname__}".encode())
-    for source in (source for source in files if source.is_file()):
-        hasher.update(source.read_bytes())
+    if module is not None and (name := getattr(module, "__file__", None)):
+        file = Path(name)
+        for source in sorted(file.parent.rglob("*.py")) if module.__package__ else [file]:
+            hasher.update(source.read_bytes())
     return hasher.hexdigest()
 
 
@@ -63,7 +62,7 @@ def fingerprint(model: nn.Module) -> str:
     hasher = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     for name, tensor in sorted(tensors(model).items()):
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hasher.update(bytes_of(tensor))
     return hasher.hexdigest()
 
 

@@ -205,6 +205,9 @@ def test_show_explains_options_with_default_range_and_meaning(surgery):
     assert "≥ 1" in out
     assert "soften`): none" in out
     assert "soften`): weight_bits, activation_bits" in surgery("show", "quantize")[1]
+    shared = surgery("show", "kmeans")[1]
+    assert "Leaves the layers it edits: shared" in shared
+    assert "Cannot run where something is: int8, shared" in shared
     code, out, _ = surgery("show", "depthwise_separable", "--json")
     assert json.loads(out[out.index("{") :])["options"]["properties"]["multiplier"]["minimum"] == 1
 

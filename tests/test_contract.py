@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery import (
     Context,
+    CrashError,
     Data,
     Edit,
     InputError,
@@ -300,13 +301,13 @@ def test_a_pass_that_exits_has_crashed(model):
     def leaves(model, context):
         raise SystemExit(0)
 
-    with pytest.raises(PassError, match="SystemExit"):
+    with pytest.raises(CrashError, match="SystemExit"):
         apply(doing(leaves), model)
 
 
 def test_a_batch_size_written_into_the_graph_is_refused(model):
     def fixes(model, context):
-        output = next(iter(model.graph.nodes.__reversed__()))
+        output = next(reversed(model.graph.nodes))
         [value] = output.all_input_nodes
         with model.graph.inserting_before(output):
             fixed = model.graph.call_function(torch.ops.aten.reshape.default, (value, list(shape(value))))
@@ -319,15 +320,31 @@ def test_a_batch_size_written_into_the_graph_is_refused(model):
     assert "batch size" in caught.value.fix
 
 
-def test_long_messages_of_pytorch_are_cut(model):
+def test_a_graph_that_does_not_run_is_told_in_short(model):
     def breaks(model, context):
-        node = next(node for node in model.graph.nodes if node.op == "call_module")
-        node.target = "nowhere"
-        return PassReport((Edit("0", "broken"),))
+        output = next(reversed(model.graph.nodes))
+        [value] = output.all_input_nodes
+        with model.graph.inserting_before(output):
+            shaped = model.graph.call_function(torch.ops.aten.reshape.default, (value, [7] * 200))
+        output.replace_input_with(value, shaped)
+        return PassReport((Edit("output", "reshaped"),))
 
-    with pytest.raises(PluginError, match="graph") as caught:
+    with pytest.raises(PluginError, match="the edited graph does not run: RuntimeError: shape") as caught:
         apply(doing(breaks), model)
-    assert len(str(caught.value)) < 700
+    assert len(caught.value.problem) < 400
+
+
+def test_signs_that_change_through_data_are_seen(model):
+    layer = next(layer for layer in layers(model) if layer.type == "Linear")
+    signs = torch.tensor([1.0, -1.0]).repeat(layer.module.weight.numel() // 2)  # a sum over its bits would stay
+    layer.module.weight = nn.Parameter(signs.reshape(layer.module.weight.shape))
+
+    def flips(model, context):
+        next(layer for layer in layers(model) if layer.type == "Linear").module.weight.data.neg_()
+        return scaled(model)
+
+    with pytest.raises(PluginError, match="written in place"):
+        apply(doing(flips), model)
 
 
 def test_data_made_in_inference_mode_is_watched_too(model):

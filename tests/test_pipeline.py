@@ -21,6 +21,7 @@ from surgery import (
     CrashError,
     Data,
     Edit,
+    ExportError,
     InputError,
     ModelError,
     Pass,
@@ -725,3 +726,20 @@ def test_the_report_has_the_versions_of_the_packages_that_passes_come_from():
 
     operation = surgery.operate(nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5), "fold_only", latency_rounds=0)
     assert report.summary(operation)["versions"]["model-surgery"] == version("model-surgery")
+
+
+def small(dtype):
+    layers = nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    return nn.Sequential(*layers).to(dtype).eval(), torch.randn(1, 16, 8, 8).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_number_type_without_kernels_says_what_to_convert_to(dtype):
+    with pytest.raises(ExportError, match=r"model\.float\(\)"):
+        operate(*small(dtype), "damp")
+
+
+def test_a_bound_that_the_number_type_cannot_keep_says_which_it_can():
+    with pytest.raises(RecipeError, match=r"--set budget\.parity=0\.01"):
+        operate(*small(torch.float16), "damp", budget={"parity": 1e-9})
+    assert operate(*small(torch.float16), "damp", budget={"parity": 0.01}).passed

@@ -316,3 +316,9 @@ def test_a_budget_that_multiples_undershoot_is_noted():
         "`round_to: 1` comes nearest",
     )
     assert pruned("deep", macs=0.5)[1].notes == ()
+
+
+def test_a_criterion_that_gives_no_tensors_is_named():
+    given = registry_of(lambda found: [1 for _ in found.groups])
+    with pytest.raises(surgery.PluginError, match="criterion given gives scores of other shapes"):
+        pruned("plain_cnn", criterion="given", registry=given)

@@ -125,10 +125,14 @@ def test_an_installed_third_party_pass_is_listed_beside_the_built_in_ones(site):
     assert "fold_batchnorm" in result.stdout
 
 
-def test_an_installed_plugin_that_does_not_import_is_named_with_its_package_and_remedy(site):
-    result = surgery(site("import not_there_at_all"), "passes")
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("import not_there_at_all", "No module named 'not_there_at_all'"), ("raise SystemExit(3)", "SystemExit: 3")],
+)
+def test_an_installed_plugin_that_does_not_import_is_named_with_its_package_and_remedy(site, code, words):
+    result = surgery(site(code), "passes")
     assert result.returncode == 2
-    assert "No module named 'not_there_at_all'" in result.stderr
+    assert words in result.stderr
     assert "uninstall third_party_plugin" in result.stderr
     assert "Traceback" not in result.stderr
 

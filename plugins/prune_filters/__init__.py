@@ -112,10 +112,10 @@ class PruneFilters(Pass):
             marks = choice.marks()
             if self.steps == 1:
                 skips += [Skip(layer, why) for layer, why in choice.why_left([int(own.sum()) for own in marks])]
-            if not any(bool(own.any()) for own in marks):
-                continue
             if step == self.steps and (note := choice.note(marks)):
                 notes.append(note)
+            if not any(bool(own.any()) for own in marks):
+                continue
             lost += _lost(found, marks)
             keep = _kept_of(keep, found.kept(marks)) if repairs else keep
             found.remove(marks)

@@ -141,11 +141,10 @@ class Choice:
         left = budget.measure(self.found.alive(marks)) / budget.whole
         if left >= budget.target * (1 - TOLERANCE):
             return None
-        coarse = self.options.round_to != 1
-        why = f"what is left of a group is a multiple (round_to: {self.options.round_to})" if coarse else ""
-        why = why or "units that go together, and what overrides ask for, leave nothing between"
-        finer = "; `round_to: 1` comes nearest" if coarse else ""
-        return f"{budget.name}: {left:.3g} are left where {budget.target:g} was asked for: {why}{finer}"
+        why = "units that go together, and what overrides ask for, leave nothing between"
+        if (multiple := self.options.round_to) != 1:
+            why = f"what is left of a group is a multiple (round_to: {multiple}); `round_to: 1` comes nearest"
+        return f"{budget.name}: {left:.3g} are left where {budget.target:g} was asked for: {why}"
 
     def _within(self, budget: Budget, keys: Sequence[Tensor], ranks: Sequence[Tensor]) -> list[Tensor]:
         """Marks that meet the budget once units are spared."""

@@ -18,7 +18,7 @@ last. Top-1 is that of the ONNX file in ONNX Runtime. Times are those of ONNX Ru
 in turn with the unchanged model; `faster` is the median of the ratios, quartiles in brackets. Pack is `model.surgery`,
 source and weights entropy-coded. Numbers in brackets are shares of the original's. Seconds are those of the whole run,
 with its proof, on 2 shared cores. `low_rank` keeps layers that are no faster, by times it measures: two runs may choose
-otherwise and differ by a point (ResNet-20 with 256 images: 91.25 and 90.19 %).
+otherwise and differ by a point (`make bench BENCH=quick` twice: 91.25 and 90.19 %).
 All figures with their digits: [benchmarks.jsonl](benchmarks.jsonl).
 """
 QUICK = 256
