@@ -20,6 +20,7 @@ from .functional import functionalise
 from .graph import remove_unused, retarget
 from .inputs import Inputs
 from .names import submodule, tensors
+from .precision import full_precision
 from .preparing import bake_parametrisations, private_copy, twin, unwrapped
 from .program import export
 from .raising import Raiser
@@ -102,6 +103,7 @@ class CapturedModel(fx.GraphModule):
         return self
 
 
+@full_precision()
 def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     """A graph of `model` in eval mode whose layers keep their names, checked against the model itself.
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 
 from .errors import CrashError, PassError, PluginError, RecipeError, SurgeryError, did_you_mean
 from .named import Named
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,6 +183,7 @@ class Pass(Named, ABC):
                     )
 
     @final
+    @full_precision()
     def __call__(self, model: CapturedModel, context: Context) -> tuple[CapturedModel, PassReport]:
         """Run the pass under the contract: the edited copy and its report. `model` is not changed.
 

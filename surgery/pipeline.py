@@ -27,6 +27,7 @@ from .judging import Judge
 from .measurement import Latency, Measurement
 from .packing.writing import pack
 from .passes import Pass, PassReport
+from .precision import full_precision
 from .preparing import unwrapped
 from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
@@ -83,6 +84,7 @@ class Operation:
         return {"original": found.original, "result": found.result} if found else {}
 
 
+@full_precision()
 def operate(
     model: nn.Module,
     example_inputs: Any,

@@ -18,6 +18,7 @@ from .errors import InputError
 from .export.runtime import OnnxModel
 from .export.tensor_names import named_inputs, named_outputs
 from .inputs import Inputs
+from .precision import full_precision
 from .tracing import evaluating
 
 Model = nn.Module | OnnxModel
@@ -48,7 +49,7 @@ def running(model: Model, *, signature: Model | None = None, device: str = "cpu"
         yield lambda batch: _run_file(model, batch, signature)
         return
     local = _moved(model, torch.device(device))
-    with evaluating(local), _full_precision():
+    with evaluating(local), full_precision():
         yield lambda batch: _run_module(local, batch, device)
 
 
@@ -95,14 +96,3 @@ def _run_file(model: OnnxModel, batch: Any, signature: Model | None) -> list[Ten
 def _moved(model: nn.Module, device: torch.device) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     return model if all(t.device.type == device.type for t in tensors) else copy.deepcopy(model).to(device)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32: it keeps 10 of float32's 23 mantissa bits."""
-    enabled = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = enabled

@@ -30,6 +30,7 @@ from ..deviation import Deviation
 from ..errors import ExportError, ModelError
 from ..inputs import Inputs
 from ..names import tensors
+from ..precision import full_precision
 from ..tracing import evaluating, first_line, quiet, user_line
 from .tensor_names import named_inputs, named_outputs, unique
 from .tidy import forget_inner_shapes, tidy
@@ -52,6 +53,7 @@ class OnnxTrace:
     """The arguments it was traced with."""
 
 
+@full_precision()
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,

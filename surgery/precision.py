@@ -1,0 +1,39 @@
+"""float32 with all its bits, whatever PyTorch may put in its place.
+
+TF32 keeps 10 of the 23 mantissa bits and bfloat16 7: statistics, least squares and comparisons would hold what the
+hardware rounds off for what a pass has done. Convolutions on CUDA take TF32 unless told not to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products, convolutions and recurrences of float32 compute in float32; the settings come back afterwards.
+
+    PyTorch keeps each setting twice, as `fp32_precision` and as `allow_tf32`, and refuses to read the latter, which
+    torch.export does, where they differ. They agree in here, whichever the user has set.
+    """
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    before = [kind.fp32_precision for kind in kinds]
+    legacy = None
+    with suppress(RuntimeError):
+        legacy = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = False
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        if legacy is not None:
+            cudnn.allow_tf32 = legacy
+        for kind, setting in zip(kinds, before, strict=True):
+            kind.fp32_precision = setting
