@@ -68,6 +68,20 @@ class Convolutional(nn.Module):
         return self.head(self.body(image).mean((2, 3)))
 
 
+class Homonymous(nn.Module):
+    """Weights that bear the names torch gives to values, and to constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.linear = nn.Parameter(torch.rand(3)), nn.Linear(3, 3)
+        self.register_buffer("add", torch.rand(3))
+        self.register_buffer("val_0", torch.rand(3))
+        self.register_buffer("model", torch.rand(3))
+
+    def forward(self, mul: Tensor) -> Tensor:
+        return torch.relu(self.linear(mul * self.relu) + self.add) * self.val_0 + self.model[:2].sum() * mul
+
+
 class Clashing(nn.Module):
     """Results that bear the names of an input, of a parameter and of an intermediate value, or are these themselves."""
 
@@ -94,11 +108,12 @@ CASES: dict[str, tuple[nn.Module, Any, list[str], list[str]]] = {
         ["output_0", "output_3"],
     ),
     "convolutional": (Convolutional(), torch.randn(1, 3, 6, 6), ["image"], ["output"]),
+    "homonymous": (Homonymous(), torch.randn(2, 3), ["mul"], ["output"]),
     "clashing": (
         Clashing(),
         (torch.randn(2, 3), torch.randn(2, 3)),
         ["x", "output"],
-        ["x_", "linear.weight", "bias", "linear", "again"],
+        ["x_2", "linear.weight", "bias", "linear", "again"],
     ),
 }
 

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 from ..captured import CapturedModel
 from .layout import Layout
 from .literals import WIDTH, literal
-from .naming import Pattern, Statement, Values, bound_nodes, fresh, name_values
+from .naming import Pattern, Statement, Values, bound_nodes, name_values
 from .signature import RESERVED, Arguments, Result
 from .spelling import spell
+from .tensor_names import fresh
 
 
 class Forward:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from ..operands import constants, sources
 from .subscripts import is_scalar, rank
+from .tensor_names import fresh
 
 # What a statement binds: one value, several of a tuple, nothing (None) at a place.
 Pattern = fx.Node | tuple["Pattern", ...] | None
@@ -165,12 +166,6 @@ def _choose(node: fx.Node, wish: str, dying: list[str], holder: dict[str, Any], 
     names = itertools.chain(_POOL, (f"x{i}" for i in itertools.count(1)))
     free = (name for name in names if name not in holder and name not in taken)
     return min((name for name in dying if name in _POOL), key=_POOL.index, default="") or next(free)
-
-
-def fresh(stem: str, taken: Collection[str]) -> str:
-    """`stem`, or `stem_2`, `stem_3` … where that is taken."""
-    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
-    return next(name for name in names if name not in taken)
 
 
 def _size_name(node: fx.Node) -> str:

@@ -20,7 +20,7 @@ from ..captured import CapturedModel
 from ..errors import ExportError
 from .layout import plain_name
 from .literals import literal
-from .naming import fresh
+from .tensor_names import fresh
 
 RESERVED = {"self", "torch", "nn", "F", "math", "Tensor", "OrderedDict"}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
 from ..inputs import Inputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def named_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -54,8 +58,36 @@ def unique(names: Iterable[str]) -> list[str]:
     return taken
 
 
-def fresh(name: str, taken: Collection[str]) -> str:
-    """`name`, with as many underscores behind it as it takes to be new."""
-    while name in taken:
-        name += "_"
-    return name
+def fresh(stem: str, taken: Collection[str]) -> str:
+    """`stem`, or `stem_2`, `stem_3` … where that is taken."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+class ValueNames:
+    """The names of all values of an ONNX graph: whoever names a value asks here, so that no two are alike."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        inside = [value for node in graph.all_nodes() for value in node.outputs]
+        values = [*graph.inputs, *graph.initializers.values(), *inside]
+        self._holders = {str(value.name): value for value in values}
+
+    def give(self, value: ir.Value, stem: str) -> None:
+        """Calls a new `value` by `stem`, or by `stem_2` … where that is taken."""
+        self._hold(value, fresh(stem, self._holders))
+
+    def claim(self, values: Sequence[ir.Value], names: Sequence[str]) -> None:
+        """Gives each value its name, no two alike; another value that held it gives way."""
+        for i, value in enumerate(values):
+            self._holders.pop(str(value.name), None)
+            value.name = f"\0{i}"  # a weight cannot be without a name, and another of `values` may still hold its own
+        for name in names:
+            if name in self._holders:
+                other = self._holders.pop(name)
+                self._hold(other, fresh(name, {*self._holders, *names}))
+        for value, name in zip(values, names, strict=True):
+            self._hold(value, name)
+
+    def _hold(self, value: ir.Value, name: str) -> None:
+        value.name = name
+        self._holders[name] = value

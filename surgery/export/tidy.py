@@ -13,7 +13,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from .folding import may_fold
 from .narrow import narrow
 from .spared import spare_float_layers
-from .tensor_names import fresh
+from .tensor_names import ValueNames, unique
 
 ROUNDS = 2
 RULES = rewriter.RewriteRuleSet([r for r in rewriter._DEFAULT_REWRITE_RULES if r is not slice_split_rule])
@@ -26,11 +26,11 @@ def tidy(model: ir.Model, names: list[str]) -> None:
     _simplify(model)
     _make_contiguous(model.graph)
     common.DeduplicateHashedInitializersPass()(model)
-    for name, weight in list(model.graph.initializers.items()):
-        weight.name = name.removeprefix("model.")
-    narrow(model)
-    spare_float_layers(model.graph)
-    _rename([*model.graph.inputs, *model.graph.outputs], names, model.graph)
+    taken, weights = ValueNames(model.graph), list(model.graph.initializers.values())
+    taken.claim(weights, unique(str(weight.name).removeprefix("model.") for weight in weights))
+    narrow(model, taken)
+    spare_float_layers(model.graph, taken)
+    taken.claim([*model.graph.inputs, *model.graph.outputs], names)
     _name_batch(model.graph)
     common.ClearMetadataAndDocStringPass()(model)
     for value in _values(model.graph):
@@ -79,16 +79,6 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph.all_nodes():
         yield from node.outputs
-
-
-def _rename(values: list[ir.Value], names: list[str], graph: ir.Graph) -> None:
-    """Gives each value its name; another value that held it gives way."""
-    holders = {str(value.name): value for value in _values(graph)}
-    for name in names:
-        if name in holders:
-            holders[name].name = fresh(name, {*holders, *names})
-    for value, name in zip(values, names, strict=True):
-        value.name = name
 
 
 def _name_batch(graph: ir.Graph) -> None:
