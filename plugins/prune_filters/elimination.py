@@ -1,8 +1,8 @@
 """Which units a layer can do without, by least squares: group optimal brain surgeon.
 
-A unit's features in a layer are the columns of W that read its channels. With A = Σ + λ I (features, features), Σ the
-covariance of the unfolded input, B = Y + λ W₀ (outputs, features), Y the covariance of the target with it, the best
-weight is W = B A⁻¹. Leaving out the features J of one unit, all others re-solved, raises the error by
+A unit's features in a layer are the columns of W that read its channels; W itself is the best weight for what the
+layer gives today. With A = Σ + λ I (features, features), Σ the covariance of the unfolded input, leaving out the
+features J of one unit, all others re-solved, raises the error by
 
     ΔE_J = tr(W_J (P_JJ)⁻¹ W_Jᵀ),   P = A⁻¹          then  W ← W - W_J (P_JJ)⁻¹ P_J·,  P ← P - P_·J (P_JJ)⁻¹ P_J·
 
@@ -23,44 +23,62 @@ from torch import Tensor
 class Reader:
     """A layer that reads the units: its least squares task, as far as units have been left out.
 
-    `features` (units, k): columns that belong to each unit; `weight` (outputs, all features) W; `inverse` P.
-    `scale`: errors are divided by it, the variance of what the layer's output goes into.
+    `columns` (units · k, outputs) Wᵀ and `inverse` (units · k, units · k) P, k rows for each of the units `left`; of
+    the `gone` among them the rows mean nothing. `scale`: errors are divided by it, the variance of what the layer's
+    output goes into. `size`: units there were.
     """
 
-    features: Tensor
-    weight: Tensor
+    size: int
+    left: Tensor
+    gone: Tensor
+    columns: Tensor
     inverse: Tensor
     scale: float
 
     @classmethod
-    def of(cls, features: Tensor, xx: Tensor, yx: Tensor, towards: Tensor, scale: float, damping: Tensor) -> Reader:
-        """From moments: `xx` Σ, `yx` Y, `towards` W₀, `damping` λ."""
-        damped = xx + torch.diag_embed(damping.expand(len(xx)))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return cls(features, (yx + damping * towards) @ inverse, inverse, max(scale, 1e-100))
+    def of(cls, features: Tensor, weight: Tensor, inverse: Tensor, scale: float) -> Reader:
+        """`features` (units, k): columns of W that belong to each unit. What other features cost is never asked, and
+        what they do for those left stands in P: they need no rows."""
+        rows = features.reshape(-1)
+        units = torch.arange(len(features))
+        return cls(len(features), units, units < 0, weight.mT[rows], inverse[rows][:, rows], max(scale, 1e-100))
 
     def costs(self) -> Tensor:
-        """(units,) rise of the error if each alone goes next."""
-        blocks = self.inverse[self.features.unsqueeze(2), self.features.unsqueeze(1)]  # (units, k, k)
-        columns = self.weight[:, self.features].transpose(0, 1)  # (units, outputs, k)
-        solved = torch.linalg.solve(_regular(blocks), columns.mT)
-        costs: Tensor = (columns.mT * solved).sum((1, 2)).clamp_min(0) / self.scale
+        """(size,) rise of the error if each alone goes next; 0 of those that are gone."""
+        own = self.columns.unflatten(0, (len(self.left), -1))  # (left, k, outputs)
+        blocks = self.inverse.view(*own.shape[:2], *own.shape[:2]).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        blocks = torch.where(self.gone[:, None, None], torch.eye(own.shape[1], dtype=own.dtype), blocks)
+        rises = torch.linalg.solve(blocks, own @ own.mT).diagonal(dim1=1, dim2=2).sum(1)
+        costs = torch.zeros(self.size, dtype=torch.float64)
+        costs[self.left] = rises.clamp_min(0).masked_fill(self.gone, 0) / self.scale
         return costs
 
     def leave_out(self, units: Tensor) -> None:
-        gone = self.features[units].reshape(-1)
-        block = self.inverse[gone.unsqueeze(1), gone]
-        step = torch.linalg.solve(_regular(block), self.inverse[gone])  # (gone, features)
-        self.weight = self.weight - self.weight[:, gone] @ step
-        self.inverse = self.inverse - self.inverse[:, gone] @ step
-        self.weight[:, gone] = 0
-        self.inverse[gone], self.inverse[:, gone] = 0, 0
+        marked = torch.isin(self.left, units)
+        gone = self._rows(marked)
+        rows = self.inverse[gone]
+        step = torch.linalg.solve(rows[:, gone], rows).mT
+        self.columns.addmm_(step, self.columns[gone], alpha=-1)
+        self.inverse.addmm_(step, rows, alpha=-1)
+        self.gone = self.gone | marked
+        if 8 * int(self.gone.sum()) > len(self.gone):  # not each time: copying takes as long as computing
+            self._compact()
+
+    def _compact(self) -> None:
+        rows = self._rows(~self.gone)
+        self.columns, self.inverse = self.columns[rows], self.inverse[rows][:, rows]
+        self.left = self.left[~self.gone]
+        self.gone = self.gone[~self.gone]
+
+    def _rows(self, marked: Tensor) -> Tensor:
+        """Of the marked units among those `left`."""
+        return torch.nonzero(marked.repeat_interleave(len(self.columns) // len(marked))).reshape(-1)
 
 
-def _regular(blocks: Tensor) -> Tensor:
-    """Blocks of units that are gone are zero: the identity in their place."""
-    empty = (blocks.diagonal(dim1=-2, dim2=-1) == 0).all(-1)
-    return blocks + empty[..., None, None] * torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+def inverted(xx: Tensor, damping: Tensor) -> Tensor:
+    """P = (Σ + λ I)⁻¹ from Σ and λ."""
+    damped = xx.diagonal_scatter(xx.diagonal() + damping)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def eliminate(size: int, readers: Sequence[Reader], fixed: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from math import prod
 
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from surgery import Affine, Channels, Group, Layer, Member, Task
 
-from .elimination import Reader, eliminate
+from .elimination import Reader, eliminate, inverted
 
 MOST_FEATURES = 4608
 """Of a layer whose covariance is inverted: 512 channels of a 3×3 kernel."""
-NO_FEATURES = torch.empty(0, 0, dtype=torch.long)
 
 
 class Evidence:
@@ -26,22 +24,23 @@ class Evidence:
         self._affine = affine
 
     @cached_property
-    def reader(self) -> Reader | None:
-        """The layer's least squares task; None where it is too large or has groups."""
-        matrix = self.task.matrix
-        if len(matrix) > 1 or matrix.shape[2] > MOST_FEATURES:
+    def inverse(self) -> Tensor | None:
+        """P (features, features) of the layer's input; None where it is too large or has groups."""
+        groups, _, features = self.matrix.shape
+        if groups > 1 or features > MOST_FEATURES:
             return None
-        regression = self.task.regression
-        towards = self._affine.scaled(matrix)[0]
-        damping = regression.damping()[0]
-        return Reader.of(NO_FEATURES, regression.xx[0], regression.yx[0], towards, self.scale, damping)
+        inputs = self.task.inputs(full=True)
+        return inverted(inputs.full_covariance[0], inputs.damping()[0])
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """(groups, outputs, features) of the layer with its BatchNorm."""
+        return self._affine.scaled(self.task.matrix)
 
     @cached_property
     def contributions(self) -> Tensor:
         """(groups, features) variance that each feature brings into the output, in parts of what that goes into."""
-        matrix = self._affine.scaled(self.task.matrix)
-        variance = self.task.inputs().variance
-        return matrix.square().sum(1) * variance / self.scale
+        return self.matrix.square().sum(1) * self.task.inputs().variance / self.scale
 
     @cached_property
     def shares(self) -> Tensor:
@@ -72,8 +71,8 @@ class Judge:
             return
         if name in self._gives:
             self._add(self._gives[name], evidence.shares)
-        elif evidence.reader and (features := self._features(evidence.layer)) is not None:
-            self._readers.append(replace(evidence.reader, features=features))
+        elif evidence.inverse is not None and (features := self._features(evidence.layer)) is not None:
+            self._readers.append(Reader.of(features, evidence.matrix[0], evidence.inverse, evidence.scale))
         else:
             self._add(self._reads[name], _per_channel(evidence, self._reads[name]))
         self.awaited.discard(name)

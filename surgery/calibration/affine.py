@@ -63,14 +63,15 @@ class Affine:
         """
         regression = task.regression
         present = self.scaled(task.matrix)
-        matrix = regression.solve(present)
+        image = present @ regression.xx
+        matrix = regression.solve(present, image=image)
         error = regression.error(matrix, regression.bias(matrix))
         current = regression
         for _ in range(task.rounds):
             current = task.rectified(matrix, current.bias(matrix))
-            matrix = current.solve(present)
+            matrix = current.solve(present, image=image)
         self.put(matrix, current.bias(matrix), regression)
-        return regression.error(present, regression.bias(present)), error
+        return regression.error(present, regression.bias(present), image), error
 
     def put(self, matrix: Tensor, bias: Tensor, regression: Regression, gain: Tensor | None = None) -> None:
         """Make the map g W' x + b', W' (groups, outputs, features), b' and the gain g (groups, outputs).

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-4
-"""λ of `Regression.damping`, in parts of the mean variance of the features."""
+"""λ of `Moments.damping`, in parts of the mean variance of the features."""
 SCARCITY = 1e-2
 """Least such λ times rows per feature."""
 NOISE = 1e-6
 """Least λ in parts of the features' mean power E[x²]: what varies by less than a thousandth of its size is hardly more
 than rounding, and weights large enough to tell it apart would show the rounding in the output."""
+ROUNDING = 1e-6
+"""What products of float32 are off by, in parts of their size: a rest below it is no knowledge."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,16 @@ class Moments:
         """`covariance`, which must have been asked for."""
         assert self.covariance is not None, "ask for 'gram'"
         return self.covariance
+
+    def damping(self, ridge: float | None = None) -> Tensor:
+        """λ (groups,) > 0: `ridge` times the mean variance of the features.
+
+        None: `RIDGE`, more where there are few rows for the features, so that they are not fitted by heart. Either way
+        at least `NOISE` times their mean power.
+        """
+        if ridge is None:
+            ridge = max(RIDGE, SCARCITY * self.mean.shape[1] / self.count)
+        return torch.maximum(ridge * self.variance.mean(1), NOISE * self.power.mean(1)).clamp_min(1e-100)
 
     def regression(self, weight: Tensor, bias: Tensor | None) -> Regression:
         """The task of computing W x + b of these rows x; W (groups, outputs, features), b (groups, outputs)."""
@@ -88,41 +100,38 @@ class Regression:
         m = matrix.double().unsqueeze(0)
         return replace(self, x_mean=_times(m, self.x_mean), xx=m @ self.xx @ m.mT, yx=self.yx @ m.mT)
 
-    def solve(self, towards: Tensor, ridge: float | None = None) -> Tensor:
+    def solve(self, towards: Tensor, ridge: float | None = None, image: Tensor | None = None) -> Tensor:
         """W (groups, outputs, features) with the least E‖y - W x - b‖² + λ‖W - `towards`‖² for the best b.
 
         λ is that of `damping`, so that directions which the data does not show keep the weight they have.
+        `image`: `towards` · xx, where it is known.
         """
         start = towards.detach().double().cpu()
-        rest = self.yx - start @ self.xx
-        if not bool(rest.any()):
+        rest = self.yx - (start @ self.xx if image is None else image)
+        if float(rest.square().sum()) <= ROUNDING**2 * float(self.yx.square().sum()):
             return start
         damped = self.xx + torch.diag_embed(self.damping(ridge).unsqueeze(1).expand(-1, self.xx.shape[1]))
         change: Tensor = torch.linalg.solve(damped, rest, left=False)
         return start + change
 
     def damping(self, ridge: float | None = None) -> Tensor:
-        """λ (groups,) > 0: `ridge` times the mean variance of the features.
-
-        None: `RIDGE`, more where there are few rows for the features, so that they are not fitted by heart. Either way
-        at least `NOISE` times their mean power.
-        """
-        if ridge is None:
-            ridge = max(RIDGE, SCARCITY * self.xx.shape[1] / self.count)
-        variance = self.xx.diagonal(dim1=1, dim2=2).mean(1)
-        power = variance + self.x_mean.square().mean(1)
-        return torch.maximum(ridge * variance, NOISE * power).clamp_min(1e-100)
+        """λ (groups,) > 0 of `Moments.damping` of the rows."""
+        variance = self.xx.diagonal(dim1=1, dim2=2)
+        return Moments(self.count, self.x_mean, variance).damping(ridge)
 
     def bias(self, weight: Tensor) -> Tensor:
         """The best b (groups, outputs) for W: the mean output is then the mean target."""
         return self.y_mean - _times(weight.detach().double().cpu(), self.x_mean)
 
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """√(E‖y - W x - b‖² / E‖y - E y‖²): 0 = no error, 1 = no better than predicting the mean target."""
+    def error(self, weight: Tensor, bias: Tensor | None, image: Tensor | None = None) -> float:
+        """√(E‖y - W x - b‖² / E‖y - E y‖²): 0 = no error, 1 = no better than predicting the mean target.
+
+        `image`: `weight` · xx, where it is known.
+        """
         w = weight.detach().double().cpu()
         offset = self.bias(w) - (0 if bias is None else bias.detach().double().cpu())
         total = float(self.y_variance.sum())
-        rest = total - 2 * float((w * self.yx).sum()) + float(((w @ self.xx) * w).sum())
+        rest = total - 2 * float((w * self.yx).sum()) + float(((w @ self.xx if image is None else image) * w).sum())
         error = max(0.0, rest) + float(offset.square().sum())
         if total > 0:
             return math.sqrt(error / total)

@@ -103,9 +103,9 @@ class Task:
         variance = square / count - shift.square()
         return replace(plain, y_mean=plain.y_mean + shift, yx=cross / count, y_variance=variance)
 
-    def inputs(self) -> Moments:
-        """Mean and variance of the unfolded input."""
-        scatter = Scatter(False)
+    def inputs(self, full: bool = False) -> Moments:
+        """Mean and variance of the unfolded input; with `full` its covariance too."""
+        scatter = Scatter(full)
         for rows, _, _ in self._rows():
             scatter.add(rows)
         return scatter.finish()
