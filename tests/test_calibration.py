@@ -396,16 +396,3 @@ def test_aims_can_be_given_for_layers_with_fewer_channels() -> None:
     torch.testing.assert_close(
         task.y_mean[0], original.get_submodule("first")(x)[:, keep].double().mean(0), rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.mark.gpu
-def test_statistics_from_a_gpu_equal_those_from_the_cpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    model, x = (
-        captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)), 3, 8, 8),
-        torch.randn(9, 3, 8, 8),
-    )
-    here, there = (statistics_of(model, [x], "gram", "moments", "ranges", device=d) for d in ("cpu", "cuda"))
-    for name in here:
-        torch.testing.assert_close(there[name].unfolded.gram, here[name].unfolded.gram, rtol=1e-3, atol=1e-3)

@@ -99,20 +99,6 @@ def test_a_change_of_precision_keeps_the_device(captured):
     assert captured(torch.randn(5, 3).double()).dtype == torch.float64
 
 
-@pytest.mark.gpu
-def test_a_captured_model_runs_on_the_gpu(model, captured):
-    x = torch.randn(4, 3)
-    torch.testing.assert_close(captured.cuda()(x.cuda()).cpu(), model(x))
-    assert captured.cpu()(x).device.type == "cpu"
-
-
-@pytest.mark.gpu
-def test_a_model_on_the_gpu_is_captured_there(model):
-    captured = capture(model.cuda(), torch.randn(2, 3).cuda())
-    assert {t.device.type for t in tensors(captured).values()} == {"cuda"}
-    assert captured.cpu()(torch.randn(4, 3)).shape == (4, 4)
-
-
 def test_the_callers_model_is_untouched():
     class Watched(nn.Module):
         def __init__(self):

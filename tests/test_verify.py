@@ -260,12 +260,6 @@ def test_arguments_by_name_reach_the_file_whatever_their_order(tmp_path: Path) -
     assert parity(Difference(), file, [batch, swapped]).passed
 
 
-@pytest.mark.gpu
-def test_cuda_computes_what_the_cpu_computes(net: nn.Module) -> None:
-    (device,) = verify(net, copy.deepcopy(net).cuda(), batches()).devices
-    assert device.passed
-
-
 class Labelled(nn.Module):
     """Scores and the index of the largest, as segmenters return them."""
 
