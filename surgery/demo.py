@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .datasets import data_from
 from .datasets.digits import TEST_SAMPLES, WHITE, Digits
 from .pipeline import Operation, operate
+from .runs import RunFolder
 
 if TYPE_CHECKING:
     from .context import Progress
@@ -69,9 +69,8 @@ def run_demo(out: Path, progress: Progress, epochs: int = 12) -> Operation:
     Raises:
         RunError: `out` is a folder that holds no run.
     """
+    RunFolder.clear(out)
     torch.manual_seed(0)
     images, labels = digits()
     model = train(digits_cnn(), images[TEST_SAMPLES:], labels[TEST_SAMPLES:], epochs, progress)
-    if (out / "run.json").exists():
-        shutil.rmtree(out)
     return operate(model, images[:1], "digits_edge", data=data_from("digits"), out=out, progress=progress)

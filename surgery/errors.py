@@ -56,6 +56,10 @@ class RunError(SurgeryError):
     """A run folder is damaged, or belongs to another recipe, model or data."""
 
 
+class PathError(SurgeryError):
+    """A path that no file can have, or that cannot be reached."""
+
+
 class BudgetError(SurgeryError):
     """The result breaks the recipe's budget. Artifacts and report are kept."""
 

@@ -27,6 +27,7 @@ from .judging import Judge
 from .measurement import Latency, Measurement
 from .packing.writing import pack
 from .passes import Pass, PassReport
+from .paths import path_from
 from .precision import full_precision
 from .preparing import unwrapped
 from .recipe import OnBreak, Plan, plain, resolve
@@ -119,11 +120,10 @@ def operate(
     inputs, given = Inputs.of(model, example_inputs), Data.of(data)
     for step in plan.steps:
         step.check_data(given, plugins)
-    with _folder(out) as folder:
-        run = RunFolder(folder, run_key(plan, model, inputs), resume=resume)
+    with _folder(out) as folder, RunFolder.claimed(folder, run_key(plan, model, inputs), resume=resume) as run:
         surgeon = _Run(run, plan, given, plugins, device, latency_rounds, progress, executor)
         operation = surgeon.operate(model, inputs)
-        operation = replace(operation, folder=Path(out) if out is not None else None)
+        operation = replace(operation, folder=None if out is None else folder)
         _write_report(run, operation)
     return operation
 
@@ -144,44 +144,41 @@ class _Run:
     def operate(self, model: nn.Module, inputs: Inputs) -> Operation:
         names = ["capture", *(step.name() for step in self.plan.steps)]
         results = self.folder.finished(names)
-        with self._scratch() as scratch:
-            self.progress("capture", 0, len(names))
-            original, judge = self._original(model, inputs, results, scratch)
-            last = len(results) - 1
-            current = original if last == 0 else self.folder.state(last, names[last])
-            while len(results) < len(names) and results[-1].outcome != "stopped":
-                self.progress(names[len(results)], len(results), len(names))
-                current, result = self._step(len(results), current, results[-1].standing, judge)
-                judge.forget_all_but(current)
-                self.folder.keep(len(results), current, result)
-                results.append(result)
-            files = self._write_files(original, current, judge)
+        self.progress("capture", 0, len(names))
+        original, judge = self._original(model, inputs, results)
+        last = len(results) - 1
+        current = original if last == 0 else self.folder.state(last, names[last])
+        while len(results) < len(names) and results[-1].outcome != "stopped":
+            self.progress(names[len(results)], len(results), len(names))
+            current, result = self._step(len(results), current, results[-1].standing, judge)
+            judge.forget_all_but(current)
+            self.folder.keep(len(results), current, result)
+            results.append(result)
+        files = self._write_files(original, current, judge)
         sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
         return Operation(current, self.plan, tuple(results), sizes, original, None)
 
-    def _original(
-        self, model: nn.Module, inputs: Inputs, results: list[StepResult], scratch: Path
-    ) -> tuple[CapturedModel, Judge]:
+    def _original(self, model: nn.Module, inputs: Inputs, results: list[StepResult]) -> tuple[CapturedModel, Judge]:
         """The original as its stored state has it, so that a resumed run goes on from the same bits, and who judges by
         it. A first run adds the step to `results`."""
         if results:
             original = self.folder.state(0, "capture")
-            return original, self._judge(original, scratch)
+            return original, self._judge(original)
         captured = capture(model, inputs)
-        with writing(scratch):
-            save_state(captured, scratch / "captured")
-        original = load_state(scratch / "captured")
-        judge = self._judge(original, scratch)
+        with writing(self.folder.work):
+            save_state(captured, self.folder.work / "captured")
+        original = load_state(self.folder.work / "captured")
+        judge = self._judge(original)
         results.append(StepResult("capture", PassReport(notes=captured.notes), judge.check_budget()))
         self.folder.keep(0, original, results[0])
         return original, judge
 
-    def _judge(self, original: CapturedModel, scratch: Path) -> Judge:
+    def _judge(self, original: CapturedModel) -> Judge:
         return Judge(
             original,
             self.plan.recipe,
             self.data,
-            scratch,
+            self.folder.work,
             rounds=self.rounds,
             metadata=self._provenance,
             progress=self.progress,
@@ -246,34 +243,27 @@ class _Run:
             shipped = result if result is not original else snapshot(result)
             for model in (original, shipped):
                 files |= {path.name: path for path in self.folder.adopt(judge.file(model))}
-        if "source" in self.plan.recipe.export:
-            self.progress("model.py", 0, 1)
-            for path in export_source(result, self.folder.path, header=self._provenance):
-                files[path.name] = path
-        if "pack" in self.plan.recipe.export:
-            self.progress("model.surgery", 0, 1)
-            files["model.surgery"] = self._write_pack(result)
+        if {"source", "pack"} & {*self.plan.recipe.export}:
+            files |= {path.name: path for path in self._write_source(result)}
         return files
 
-    def _write_pack(self, result: CapturedModel) -> Path:
-        """From the source of this very model, whether the recipe asks for that too or not."""
-        folder = self.folder.path
-        with writing(folder), self._scratch() as scratch:
-            export_source(result, scratch, header=self._provenance)
-            shutil.copy(folder / "recipe.lock.yaml", scratch)
-            return pack(scratch, folder / "model.surgery", registry=self.registry)
+    def _write_source(self, result: CapturedModel) -> Iterator[Path]:
+        """Source and weights, or the pack of both, or all; made in the work folder."""
+        self.progress("model.py", 0, 1)
+        asked, made = self.plan.recipe.export, self.folder.work / "source"
+        with writing(self.folder.path):
+            source, weights = export_source(result, made, header=self._provenance)
+            shutil.copy(self.folder.path / "recipe.lock.yaml", made)
+            if "pack" in asked:
+                self.progress("model.surgery", 0, 1)
+                pack(made, registry=self.registry)
+        kept = [weights, source] if "source" in asked else []
+        for file in [*kept, *made.glob("*.surgery")]:
+            yield from self.folder.adopt(file)
 
     @property
     def _provenance(self) -> dict[str, str]:
         return {"recipe": self.plan.recipe.name, "recipe_sha256": self.plan.hash, "surgery": __version__}
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """A folder for what only this run needs, gone when it ends; a killed run's is removed by the next."""
-        with writing(self.folder.path):
-            folder = tempfile.TemporaryDirectory(prefix=".model-", dir=self.folder.path)
-        with folder as path:
-            yield Path(path)
 
 
 def _placed(error: SurgeryError, index: int, steps: int, step: Pass) -> SurgeryError:
@@ -303,7 +293,7 @@ def _write_report(run: RunFolder, operation: Operation) -> None:
 @contextmanager
 def _folder(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
-        yield Path(out)
+        yield path_from(out, "out")
         return
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         yield Path(temporary)

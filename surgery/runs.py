@@ -1,8 +1,12 @@
-"""A run folder: finished steps survive a kill, artifacts appear whole or not at all, other runs are not touched.
+"""A run folder: finished steps survive a kill, artifacts appear whole or not at all, what is not ours is not touched.
 
-run.json                     what the folder belongs to: hashes of recipe, passes' code, model and inputs
+run.json                     marks the folder as ours and says what of: hashes of recipe, passes' code, model, inputs
 steps/0-capture/             state, report and latency of each finished step; older states are dropped, reports stay
 model.onnx model.py model.safetensors model.surgery recipe.lock.yaml report.json report.md report.html timings.json
+.surgery-work/ .surgery-lock only while a run is at work: what is not finished, and who it is
+
+Nothing is deleted by pattern, and nothing in a folder without our marker. All that is unfinished lies in the work
+folder, so that a killed run leaves one folder, of a name that only we give.
 """
 
 from __future__ import annotations
@@ -10,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,13 @@ from torch import nn
 
 from .captured import CapturedModel
 from .errors import RunError
+from .folder_lock import locked
 from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Pass
 from .recipe import Plan
 from .state import load_state, save_state
+from .state.form import GRAPH, INPUTS, WEIGHTS
 from .steps import StepResult
 
 
@@ -70,73 +77,174 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+_MARKER, _LOCK, _PARTIAL, _WORK = "run.json", ".surgery-lock", ".surgery-run.partial", ".surgery-work"
+_FORM = {"format": "surgery-run", "version": 1}
 _REPORT, _TIMES = "report.json", "timings.json"
-_STEMS = ("model", "original", "recipe", "report", "run", "timings")
+_STATE = (GRAPH, WEIGHTS, INPUTS)
+_MODELS = tuple(f"{stem}.onnx{more}" for stem in ("model", "original") for more in ("", ".data"))
+_ARTIFACTS = (
+    *_MODELS,
+    *("model.py", "model.safetensors", "model.surgery", "recipe.lock.yaml"),
+    *(_REPORT, "report.md", "report.html", _TIMES),
+)
+_STEP = re.compile(r"\d+-\w+")
 
 
 class RunFolder:
-    """Steps and artifacts of one run below `path`."""
+    """Steps and artifacts of one run below `path`, which is locked for it."""
 
-    def __init__(self, path: Path, key: Mapping[str, Any], *, resume: bool) -> None:
-        """Raises RunError where the folder holds another run, or files that are no run. An unfinished run with another
-        recipe is resumed if the recipes are the same as far as it came."""
-        if path.is_file():
-            raise RunError("the folder for a run is a file", at=str(path), fix="choose another place")
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.work = path / _WORK
+        """For what is not finished; gone when the run ends."""
         self._steps = path / "steps"
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            self._claim(dict(key), resume)
-            if not resume:
-                shutil.rmtree(self._steps, ignore_errors=True)
-            self._steps.mkdir(exist_ok=True)
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, path: Path, key: Mapping[str, Any], *, resume: bool) -> Iterator[RunFolder]:
+        """The folder at `path` for one run, made where it is missing. An unfinished run with another recipe is resumed
+        if the recipes are the same as far as it came.
+
+        Raises:
+            RunError: the folder holds another run, or files that are no run, or another process is at work in it.
+        """
+        folder = cls(path)
+        with ExitStack() as stack:
+            with writing(path):
+                folder._check_ours()
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path / _LOCK))
+                folder._claim(dict(key), resume)
+                folder.work.mkdir()
+            stack.callback(shutil.rmtree, folder.work, ignore_errors=True)
+            yield folder
+
+    @classmethod
+    def clear(cls, path: Path) -> None:
+        """Delete the run at `path`, if there is one: what runs write, by name. Other files stay.
+
+        Raises:
+            RunError: the folder is not that of a run, holds foreign files among the steps, or a run is at work there.
+        """
+        folder = cls(path)
+        with writing(path), ExitStack() as stack:
+            if not folder._check_ours():
+                return
+            stack.enter_context(locked(path / _LOCK))
+            folder._sweep()
+            folder._drop_steps()
+            for name in (*_ARTIFACTS, _MARKER):
+                (path / name).unlink(missing_ok=True)
+
+    def _check_ours(self) -> bool:
+        """Whether a run is here; False where there is nothing."""
+        if not os.path.lexists(self.path):
+            return False
+        if not self.path.is_dir():
+            raise RunError("the folder for a run is a file", at=str(self.path), fix="choose another place")
+        if self._held() is not None:
+            self._check_steps()
+            return True
+        if foreign := sorted({path.name for path in self.path.iterdir()} - {_LOCK, _PARTIAL}):
+            raise RunError(
+                f"the folder is not empty and holds no run: {foreign[0]!r} is not ours",
+                at=str(self.path),
+                fix="choose an empty or new folder",
+            )
+        return False
+
+    def _held(self) -> dict[str, Any] | None:
+        """What the marker says; None where there is none of ours."""
+        try:
+            held = json.loads((self.path / _MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return held if isinstance(held, dict) and _FORM.items() <= held.items() else None
+
+    def _check_steps(self) -> None:
+        """Raises RunError where there is what no run has put there, and we would have to delete it or write into it."""
+        links = [
+            path for path in (self._steps, self.work) if path.is_symlink() or (path.exists() and not path.is_dir())
+        ]
+        known = {*_STATE, _REPORT, _TIMES}
+        foreign = [
+            *links,
+            *(file for step in self._step_folders() for file in step.iterdir() if file.name not in known),
+        ]
+        if foreign:
+            raise RunError(
+                f"{foreign[0].relative_to(self.path)} is not of a run",
+                at=str(self.path),
+                fix="move it elsewhere, or choose another folder",
+            )
+
+    def _step_folders(self) -> list[Path]:
+        if self._steps.is_symlink() or not self._steps.is_dir():
+            return []
+        found = (path for path in self._steps.iterdir() if _STEP.fullmatch(path.name) and not path.is_symlink())
+        return sorted(path for path in found if path.is_dir())
 
     def _claim(self, key: dict[str, Any], resume: bool) -> None:
-        marker = self.path / "run.json"
-        if marker.exists():
-            held = _read_json(marker)
-            held = held if isinstance(held, dict) else {}
+        keep_steps = resume
+        if self._check_ours():
+            held = self._held() or {}
             differing = [part for part in key if part != "steps" and held.get(part) != key[part]]
             same_so_far = {*differing} <= {"recipe", "plugins"} and self._begins_alike(held.get("steps"), key["steps"])
-            worth_keeping = [*self._steps.glob("[1-9]*"), *self.path.glob("model.*"), *self.path.glob("report.*")]
-            if differing and worth_keeping and not (same_so_far and resume):
-                way_on = "; or resume: the recipes are the same as far as it came" if same_so_far else ""
-                if resume and "recipe" in differing:
-                    way_on = "; only passes behind those that are finished may change, not name, seed, budget or files"
-                what = " and with other ".join(differing)
-                raise RunError(
-                    f"the folder holds a run with other {what}",
-                    at=str(self.path),
-                    fix=f"choose another folder, or delete this one{way_on}",
-                )
-            if differing and not same_so_far:
-                shutil.rmtree(self._steps, ignore_errors=True)
-        elif any(self.path.iterdir()):
-            raise RunError(
-                "the folder is not empty and holds no run", at=str(self.path), fix="choose an empty or new folder"
-            )
-        self.write("run.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+            if differing and self._worth_keeping() and not (same_so_far and resume):
+                raise self._of_another_run(differing, same_so_far, resume)
+            self._sweep()
+            keep_steps = resume and (same_so_far or not differing)
+        if not keep_steps:
+            self._drop_steps()
+        self._write_marker(key)
+        self._steps.mkdir(exist_ok=True)
+
+    def _worth_keeping(self) -> bool:
+        return bool(self._finished_passes()) or any((self.path / name).exists() for name in _ARTIFACTS)
+
+    def _of_another_run(self, differing: Sequence[str], same_so_far: bool, resume: bool) -> RunError:
+        way_on = "; or resume: the recipes are the same as far as it came" if same_so_far else ""
+        if resume and "recipe" in differing:
+            way_on = "; only passes behind those that are finished may change, not name, seed, budget or files"
+        what = " and with other ".join(differing)
+        return RunError(
+            f"the folder holds a run with other {what}",
+            at=str(self.path),
+            fix=f"choose another folder, or delete this one{way_on}",
+        )
 
     def _begins_alike(self, held: Any, wanted: Sequence[str]) -> bool:
         """Whether the steps that an unfinished run has finished are those of the recipe that is wanted."""
-        finished = sum(1 for _ in self._steps.glob("[1-9]*"))
-        ended = any(self.path.glob("report.*"))
+        finished = len(self._finished_passes())
+        ended = any((self.path / name).exists() for name in _ARTIFACTS if name.startswith("report."))
         return not ended and isinstance(held, list) and held[: finished + 1] == wanted[: finished + 1]
 
+    def _finished_passes(self) -> list[Path]:
+        return [folder for folder in self._step_folders() if not folder.name.startswith("0-")]
+
     def _sweep(self) -> None:
-        """Remove what a killed run left half-written."""
-        partial = [f for stem in _STEMS for f in self.path.glob(f".{stem}*")]
-        for leftover in [*self._steps.glob(".*"), *partial]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        """Remove what a killed run left half-written. Only where the marker is ours."""
+        if self.work.exists():
+            shutil.rmtree(self.work)
+
+    def _drop_steps(self) -> None:
+        for folder in self._step_folders():
+            _drop_state(folder)
+            for name in (_REPORT, _TIMES):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+
+    def _write_marker(self, key: dict[str, Any]) -> None:
+        text = json.dumps(_FORM | key, indent=2, sort_keys=True) + "\n"
+        partial = self.path / _PARTIAL
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / _MARKER)
 
     def write(self, name: str, text: str) -> Path:
         """Write a text artifact, whole or not at all."""
-        target, partial = self.path / name, self.path / f".{name}.partial"
-        with writing(target):
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
-        return target
+        with writing(self.path / name):
+            (self.work / name).write_text(text, encoding="utf-8")
+        return self.adopt(self.work / name)[0]
 
     def finished(self, names: Sequence[str]) -> list[StepResult]:
         """The finished steps, the first of `names` onwards; states that nothing needs any more are dropped."""
@@ -157,7 +265,7 @@ class RunFolder:
     def keep(self, index: int, model: CapturedModel, result: StepResult) -> None:
         """Store a finished step; the state of the step before it is dropped, but never the captured original's."""
         folder = self._folder(index, result.name)
-        partial = self._steps / f".{folder.name}"
+        partial = self.work / folder.name
         with writing(folder):
             partial.mkdir()
             save_state(model, partial)
@@ -166,12 +274,13 @@ class RunFolder:
                 _write_json(partial / _TIMES, times)
             os.replace(partial, folder)
         if index > 1:
-            for previous in self._steps.glob(f"{index - 1}-*"):
-                _drop_state(previous)
+            for previous in self._step_folders():
+                if previous.name.startswith(f"{index - 1}-"):
+                    _drop_state(previous)
 
     def adopt(self, file: Path) -> list[Path]:
         """Move a finished file, and the second one beside it that large weights need, here under their own names."""
-        parts = sorted(file.parent.glob(f"{file.name}*"), reverse=True)  # the second file first
+        parts = [part for part in (file.with_name(f"{file.name}.data"), file) if part.exists()]  # the second file first
         for part in parts:
             with writing(self.path / part.name):
                 os.replace(part, self.path / part.name)
@@ -182,9 +291,8 @@ class RunFolder:
 
 
 def _drop_state(folder: Path) -> None:
-    for file in folder.iterdir():
-        if file.name not in (_REPORT, _TIMES):
-            file.unlink()
+    for name in _STATE:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Any:

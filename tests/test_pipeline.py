@@ -1,18 +1,10 @@
 from __future__ import annotations
 
-import importlib
 import json
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import pytest
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from small_runs import REGISTRY, Net, files, operate, small_inputs
 from torch import nn
 
 import surgery
@@ -20,96 +12,14 @@ from surgery import (
     CaptureError,
     CrashError,
     Data,
-    Edit,
     ExportError,
     InputError,
     ModelError,
-    Pass,
     PassError,
-    PassReport,
     RecipeError,
-    RunError,
-    hookimpl,
     report,
 )
 from surgery.pipeline import SOFTENINGS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Damp(Pass):
-    """Multiply every convolution by a factor."""
-
-    factor: Annotated[float, Field(gt=0, description="factor")] = 0.5
-    idempotent = False
-    strength = {"factor": 1.0}  # noqa: RUF012
-
-    def apply(self, model, context):
-        edits = []
-        for layer in self.selected(surgery.layers(model)):
-            if isinstance(layer.module, nn.Conv2d):
-                layer.module.weight = nn.Parameter(layer.module.weight.detach() * self.factor)
-                edits.append(Edit(layer.name, f"times {self.factor}"))
-        return PassReport(tuple(edits))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Jitter(Pass):
-    """Add seeded noise to every convolution."""
-
-    idempotent = False
-
-    def apply(self, model, context):
-        generator = context.generator()
-        edits = []
-        for layer in self.selected(surgery.layers(model)):
-            if isinstance(layer.module, nn.Conv2d):
-                noise = torch.randn(layer.module.weight.shape, generator=generator) * 1e-3
-                layer.module.weight = nn.Parameter(layer.module.weight.detach() + noise)
-                edits.append(Edit(layer.name, "noise"))
-        return PassReport(tuple(edits))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand(Damp):
-    """Damp, which cannot be done below 0.8."""
-
-    def apply(self, model, context):
-        if self.factor < 0.8:
-            raise PassError(
-                f"factor: {self.factor} cannot be met, 0.8 is as far as it goes", at="pass demand", fix="less"
-            )
-        return super().apply(model, context)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explode(Pass):
-    """Fails."""
-
-    def apply(self, model, context):
-        raise ZeroDivisionError("by design")
-
-
-class Plugin:
-    @hookimpl
-    def surgery_passes(self):
-        return [Damp, Demand, Jitter, Explode]
-
-
-REGISTRY = surgery.Registry([Plugin()])
-
-
-class Net(nn.Module):
-    """Functional forward, two inputs, a dict of outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, image, scale):
-        x = F.relu(self.norm(self.stem(image))) * scale[:, None, None, None]
-        return {"logits": self.head(x.mean((2, 3))), "features": x}
 
 
 @pytest.fixture
@@ -120,17 +30,7 @@ def net():
 
 @pytest.fixture
 def inputs():
-    torch.manual_seed(1)
-    return {"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}
-
-
-def operate(model, inputs, *passes, budget=None, **options):
-    recipe = {"name": "test", "passes": list(passes), "budget": budget or {}}
-    return surgery.operate(model, inputs, recipe, registry=REGISTRY, latency_rounds=0, **options)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return small_inputs()
 
 
 def test_a_run_leaves_every_artifact_and_the_callers_model_alone(net, inputs, tmp_path):
@@ -182,109 +82,12 @@ def test_another_seed_gives_another_model(net, inputs):
     assert not torch.equal(*outputs)
 
 
-def test_a_run_without_a_folder_leaves_nothing_and_still_proves(net, inputs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    operation = operate(net, inputs, "damp")
-    assert operation.folder is None
-    assert operation.verification.parity
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_of_another_recipe_model_or_input_is_refused_and_kept(net, inputs, tmp_path):
-    out = tmp_path / "run"
-    operate(net, inputs, "damp", out=out)
-    kept = files(out)
-    with pytest.raises(RunError, match="other recipe"):
-        operate(net, inputs, {"damp": {"factor": 0.25}}, out=out, resume=True)
-    with torch.no_grad():
-        net.head.bias[0] += 1
-    with pytest.raises(RunError, match="other model"):
-        operate(net, inputs, "damp", out=out)
-    assert files(out) == kept
-
-
-def test_a_folder_whose_run_failed_before_its_first_step_is_taken_over(net, inputs, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(CaptureError):
-        operate(net, {**inputs, "image": torch.rand(1, 7, 8, 8)}, "damp", out=out)
-    assert operate(net, inputs, "damp", out=out).passed
-    assert (out / "model.onnx").exists()
-
-
-def test_no_file_names_a_place_on_this_machine(net, inputs, tmp_path):
-    operate(net, inputs, "damp", out=tmp_path / "run")
-    here = [str(Path(__file__).parent).encode(), str(tmp_path).encode()]
-    assert not [name for name, data in files(tmp_path / "run").items() if any(place in data for place in here)]
-
-
-def test_a_folder_with_other_things_is_refused_and_kept(net, inputs, tmp_path):
-    (tmp_path / "model.py").write_text("mine")
-    with pytest.raises(RunError, match="not empty"):
-        operate(net, inputs, "damp", out=tmp_path)
-    assert files(tmp_path) == {"model.py": b"mine"}
-
-
-def test_a_file_in_the_place_of_the_folder_is_kept(net, inputs, tmp_path):
-    (tmp_path / "net.py").write_text("mine")
-    with pytest.raises(RunError, match="is a file"):
-        operate(net, inputs, "damp", out=tmp_path / "net.py")
-    assert files(tmp_path) == {"net.py": b"mine"}
-
-
-def test_resuming_a_finished_run_changes_nothing(net, inputs, tmp_path):
-    operate(net, inputs, "damp", "jitter", out=tmp_path / "run")
-    first = files(tmp_path / "run")
-    operate(net, inputs, "damp", "jitter", out=tmp_path / "run", resume=True)
-    assert files(tmp_path / "run") == first
-
-
-def test_a_pass_that_fails_keeps_finished_steps_and_earlier_artifacts(net, inputs, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(PassError, match="ZeroDivisionError: by design") as caught:
-        operate(net, inputs, "damp", "explode", out=out)
-    assert "pass explode" in str(caught.value)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert {p.name for p in (out / "steps").iterdir()} == {"0-capture", "1-damp"}
-
-
 @pytest.mark.parametrize("how", ["undo", "stop"])
 def test_a_pass_that_crashes_ends_the_run_whatever_a_broken_budget_does(net, inputs, tmp_path, how):
     with pytest.raises(CrashError, match="ZeroDivisionError: by design") as caught:
         operate(net, inputs, "damp", {"explode": None, "on_break": how}, "damp", out=tmp_path / "run")
     assert "on_break" not in str(caught.value)
     assert {p.name for p in (tmp_path / "run/steps").iterdir()} == {"0-capture", "1-damp"}
-
-
-def test_a_recipe_corrected_after_its_first_steps_is_resumed_behind_them(net, inputs, tmp_path):
-    out = tmp_path / "run"
-    for resume in (False, True):
-        with pytest.raises(CrashError):
-            operate(net, inputs, "damp", "explode", out=out, resume=resume)
-    begun = (out / "steps/1-damp/report.json").stat().st_mtime_ns
-    for other in ([{"damp": {"factor": 0.25}}, "jitter"], ["jitter", "damp"], ["jitter"]):
-        with pytest.raises(RunError, match="other recipe") as caught:
-            operate(net, inputs, *other, out=out, resume=True)
-        assert "or resume" not in str(caught.value)
-    with pytest.raises(RunError, match="or resume: the recipes are the same as far as it came"):
-        operate(net, inputs, "damp", "jitter", out=out)
-    operate(net, inputs, "damp", "jitter", out=out, resume=True)
-    assert (out / "steps/1-damp/report.json").stat().st_mtime_ns == begun
-    operate(net, inputs, "damp", "jitter", out=tmp_path / "whole")
-    assert files(out) == files(tmp_path / "whole")
-    with pytest.raises(RunError, match="other recipe"):  # what has ended stays
-        operate(net, inputs, "damp", "jitter", "damp", out=out, resume=True)
-    assert files(out) == files(tmp_path / "whole")
-
-
-def test_a_folder_whose_first_step_failed_is_taken_over(net, inputs, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(CrashError):
-        operate(net, inputs, "explode", out=out)
-    with torch.no_grad():
-        net.head.bias[0] += 1
-    operate(net, inputs, "damp", out=out, resume=True)
-    operate(net, inputs, "damp", out=tmp_path / "whole")
-    assert files(out) == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "tpu9"])
@@ -533,146 +336,12 @@ def test_wrong_example_inputs_are_named(net, bad, error, message):
         operate(net, bad, "damp")
 
 
-def test_no_room_on_the_disk_is_an_error_that_keeps_what_was_there(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import resource, torch
-from test_pipeline import Net, operate
-from surgery import SurgeryError
-torch.manual_seed(0)
-net, inputs = Net(), {{"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}}
-operate(net, inputs, "damp", out={str(tmp_path / "run")!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    operate(net, inputs, "damp", out={str(tmp_path / "run")!r})
-except SurgeryError as error:
-    print(type(error).__name__, error)
-""")
-    good = tmp_path / "run"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert "RunError" in result.stdout, result.stdout + result.stderr
-    assert "File too large" in result.stdout
-    assert "kept" in result.stdout
-    assert surgery.load(good)(torch.rand(1, 3, 8, 8), torch.rand(1)).keys() == {"logits", "features"}
-    assert not list(good.rglob("*.partial"))
-
-
-# One process imports everything, computes nothing, and forks: a child per kill, then one that resumes.
-KILLS = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch, onnxruntime, safetensors.torch, pathlib, builtins
-from test_pipeline import Net, operate
-import surgery.pipeline
-
-def inside(work):
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(type(error), error, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-def run(out, resume=False):
-    torch.manual_seed(0)
-    inputs = {{"image": torch.rand(1, 3, 8, 8), "scale": torch.rand(1)}}
-    operate(Net(), inputs, "damp", "jitter", out=out, resume=resume)
-
-def run_and_kill(out, at):
-    calls = 0
-    def counted(function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return call
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
-    pathlib.Path.mkdir, pathlib.Path.unlink = counted(pathlib.Path.mkdir), counted(pathlib.Path.unlink)
-    run(out)
-
-assert inside(lambda: run({out!r} + "/undisturbed")) == 0
-for at in {points}:
-    out = {out!r} + f"/killed-{{at}}"
-    status = inside(lambda: run_and_kill(out, at))
-    killed = os.WIFSIGNALED(status)
-    print(at, "killed" if killed else "ended", inside(lambda: run(out, resume=True)))
-    if not killed:
-        break
-"""
-
-
-def test_a_run_killed_anywhere_and_resumed_is_the_same_bytes(tmp_path):
-    points = [2, 10, 22, 38]
-    code = KILLS.format(tests=str(Path(__file__).parent), out=str(tmp_path), points=points)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    assert result.returncode == 0, result.stderr
-    assert sum("killed" in line for line in lines) >= 3, result.stdout + result.stderr
-    assert all(line.endswith(" 0") for line in lines), result.stdout + result.stderr
-    expected = files(tmp_path / "undisturbed")
-    for folder in sorted(tmp_path.glob("killed-*")):
-        assert files(folder) == expected, folder.name
-
-
 def test_the_lock_beside_the_result_can_be_run(net, inputs, tmp_path):
     first = operate(net, inputs, {"damp": {"factor": 0.5}}, out=tmp_path / "one")
     lock = tmp_path / "one" / "recipe.lock.yaml"
     assert first.plan.hash in lock.read_text()
     again = surgery.operate(net, inputs, lock, registry=REGISTRY, latency_rounds=0, out=tmp_path / "two")
     assert again.plan.hash == first.plan.hash
-
-
-MODULE = """
-from dataclasses import dataclass
-import surgery
-from torch import nn
-
-@dataclass(frozen=True, kw_only=True)
-class {name}(surgery.Pass):
-    "Multiplies the head."
-    idempotent = False
-
-    def apply(self, model, context):
-        {crash}
-        layer = next(layer for layer in surgery.layers(model) if layer.name == "head")
-        layer.module.weight = nn.Parameter(layer.module.weight.detach() * {factor})
-        return surgery.PassReport((surgery.Edit("head", "scaled"),))
-"""
-
-
-def test_steps_of_a_plugin_that_was_changed_are_not_taken_over(net, inputs, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    out = tmp_path / "run"
-
-    def run(first, second, crash="", **options):
-        classes = []
-        for name, factor, line in (("First", first, ""), ("Second", second, crash)):
-            file = f"{name.lower()}_of_mine"
-            (tmp_path / f"{file}.py").write_text(MODULE.format(name=name, factor=factor, crash=line or "pass"))
-            monkeypatch.delitem(sys.modules, file, raising=False)
-            importlib.invalidate_caches()
-            shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
-            classes.append(getattr(importlib.import_module(file), name))
-        plugin = type("Mine", (), {"surgery_passes": hookimpl(lambda self: classes)})()
-        recipe = {"name": "t", "passes": ["first", "second"]}
-        return surgery.operate(
-            net, inputs, recipe, out=out, registry=surgery.Registry([plugin]), latency_rounds=0, **options
-        )
-
-    with pytest.raises(CrashError):
-        run(2.0, 3.0, crash="raise ValueError('not yet')")
-    with pytest.raises(RunError, match="other plugins"):
-        run(5.0, 3.0, resume=True)
-    mended = run(2.0, 4.0, resume=True)
-    assert torch.equal(dict(mended.model.named_parameters())["head.weight"], net.head.weight * 2 * 4)
-    with pytest.raises(RunError, match="other plugins"):
-        run(2.0, 5.0, resume=True)
 
 
 def test_a_bound_on_parity_alone_does_not_speak_for_the_fidelity(net, inputs):
