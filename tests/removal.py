@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from random_networks import Do
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,13 @@ BOUND = 1e-5
 def found(model: nn.Module, example: object, *, heads: bool = False, rules: dict | None = None) -> Channels:
     """Channels of `model` as captured, with weights at which no check is vacuous."""
     return find_channels(capture(randomise(model), example), rules, heads=heads)
+
+
+def net_between(function: Callable[..., Tensor], outputs: int, inputs: int) -> Channels:
+    """Of `a`, a convolution of images 2×3×4×4 to `outputs` channels, `function(parts, x)`, and `b`, a convolution of
+    `inputs` channels."""
+    parts = {"a": nn.Conv2d(3, outputs, 1), "b": nn.Conv2d(inputs, 2, 1)}
+    return found(Do(lambda m, x: m.b(function(m, m.a(x))), **parts), torch.randn(2, 3, 4, 4))
 
 
 def sizes(channels: Channels) -> dict[str, int]:

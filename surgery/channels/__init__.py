@@ -4,7 +4,7 @@
     found.groups, found.frozen              units that can go, and what has to stay and why
     found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
 
-Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · shrinking · rules ·
+Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · trial · shrinking · rules ·
 shuffling · walk · groups · carriers · removal · analysis.
 """
 

@@ -208,12 +208,15 @@ def attention(call: Call) -> Any:
     return contraction(call, [(weights, batch + "ls"), (v, batch + "se")], batch + "le")
 
 
-def unknown(call: Call) -> Any:
-    """An operator that nobody described: nothing that it sees may go."""
-    for value in values_in(call.arguments):
-        call.freeze_all(value.axes, f"no channel rule for {_described(call)}")
+def unknown(call: Call, why: str = "") -> Any:
+    """An operator that nobody described, or not for such arguments: nothing that it sees may go, its own weights
+    included."""
+    own = [] if call.module is None else [*call.module.parameters(), *call.module.buffers()]
+    for value in (*values_in(call.arguments), *(call.tensor(tensor, range(tensor.ndim)) for tensor in own)):
+        call.freeze_all(value.axes, why or f"no channel rule for {described(call)}")
     return call.result
 
 
-def _described(call: Call) -> str:
+def described(call: Call) -> str:
+    """What is called, in words: a class of modules or an operator."""
     return type(call.module).__name__ if call.module is not None else str(call.node.target)

@@ -63,6 +63,9 @@ class Call:
     facts: Facts
     heads: Heads | None = None
     """Those of the attention that it feeds, where it feeds one."""
+    computed: frozenset[str] = frozenset()
+    """Arguments in which a number stands that the graph computes, such as the batch's size: `arguments` has the number
+    at the example, which is another one at another size."""
 
     @property
     def input(self) -> Value:

@@ -13,9 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..tracing import first_line
 from . import arithmetic, layers, movement, shrinking
 from .call import Call, Rule
 from .shrinking import Shrink
+from .trial import can_be_tried, tried
+from .values import values_in
 
 aten = torch.ops.aten
 
@@ -61,15 +64,15 @@ _READ: dict[Any, Rule] = {
         (
             movement.moved,
             "permute transpose swapaxes swapdims t movedim moveaxis flatten unflatten unsqueeze squeeze"
-            " split split_with_sizes chunk tensor_split repeat repeat_interleave tile flip narrow pixel_shuffle"
-            " pixel_unshuffle numpy_T mT adjoint unsafe_split unsafe_chunk",
+            " split split_with_sizes chunk tensor_split repeat repeat_interleave tile flip narrow numpy_T mT"
+            " adjoint unsafe_split unsafe_chunk",
         ),
         (movement.reshaped, "view reshape expand _unsafe_view"),
         (movement.windows, "unfold"),
         (movement.sliced, "slice"),
         (movement.selected, "select unbind"),
         (movement.along("dims"), "roll rot90"),
-        (movement.along("dim"), "softmax log_softmax _softmax _log_softmax cumsum cumprod"),
+        (movement.along("dim"), "softmax log_softmax _softmax _log_softmax"),
         (movement.padded, "pad constant_pad_nd"),
         (movement.concatenated, "cat concat concatenate"),
         (movement.stacked, "stack"),
@@ -84,18 +87,12 @@ _READ: dict[Any, Rule] = {
         ),
         (
             arithmetic.per_channel(2),
-            "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d"
-            " upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler"
-            " reflection_pad2d replication_pad2d max_pool2d_with_indices",
+            "max_pool2d avg_pool2d adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d grid_sampler",
         ),
-        (
-            arithmetic.per_channel(1),
-            "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d"
-            " reflection_pad1d replication_pad1d",
-        ),
+        (arithmetic.per_channel(1), "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d"),
         (
             arithmetic.per_channel(3),
-            "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
+            "max_pool3d avg_pool3d adaptive_avg_pool3d",
         ),
         (
             arithmetic.reduction,
@@ -121,9 +118,46 @@ def find(rules: Mapping[Any, ChannelRule], node: fx.Node, module: nn.Module | No
 
 
 def read(rules: Mapping[Any, ChannelRule], call: Call) -> Any:
-    """The call's result. Operators that torch marks as elementwise need no rule."""
+    """The call's result. Operators that torch marks as elementwise need no rule, and others of PyTorch are tried.
+
+    What has no rule that works makes unprunable what it sees, with its name as the reason; it ends nothing.
+    """
     rule = find(rules, call.node, call.module)
-    if rule is not None:
-        return rule.read(call)
-    pointwise = call.module is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ())
-    return arithmetic.elementwise(call) if pointwise else arithmetic.unknown(call)
+    what = arithmetic.described(call)
+    try:
+        if rule is not None:
+            if rule in _BUILT_IN and (names := _depends_on_batch(call, rule)):
+                return arithmetic.unknown(call, f"{what} takes its {names} from the size of the batch")
+            return _checked(call, rule.read(call))
+        if call.module is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
+            return arithmetic.elementwise(call)
+        return tried(call) if can_be_tried(call) else arithmetic.unknown(call)
+    except Exception as error:
+        return arithmetic.unknown(
+            call, f"the channel rule for {what} fails: {type(error).__name__}: {first_line(error)}"
+        )
+
+
+_BUILT_IN = frozenset(RULES.values())
+_TAKES_ANY_NUMBER = (arithmetic.elementwise, arithmetic.same, arithmetic.fresh, movement.reshaped)
+
+
+def _depends_on_batch(call: Call, rule: ChannelRule) -> str:
+    """Names of the arguments that are other numbers at another batch size, where these matter to the channels: not
+    along a dimension whose positions stay."""
+    dim = call["dim"]
+    stays = bool(call.computed) and isinstance(dim, int) and call.input.axis(dim) is None
+    if stays or rule.read in _TAKES_ANY_NUMBER or (rule.read is movement.moved and dim is None):
+        return ""
+    return " and ".join(sorted(call.computed))
+
+
+def _checked(call: Call, result: Any) -> Any:
+    """`result` if it has the shape that the node has, and an axis as many positions as its dimension."""
+    expected, given = values_in([call.result]), values_in([result])
+    if [v.shape for v in given] != [v.shape for v in expected]:
+        raise ValueError(f"it gives {[v.shape for v in given]} where the result is {[v.shape for v in expected]}")
+    for value in given:
+        if any(axis and axis.size != size for axis, size in zip(value.axes, value.shape, strict=True)):
+            raise ValueError(f"its axes do not have the sizes {value.shape}")
+    return result

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ..captured import CapturedModel
 from ..graph import layers
 from ..names import get_attribute, tensors
 from ..vocabulary import arguments
+from .arithmetic import unknown
 from .call import Call, Facts, Heads, parameter_value
 from .positions import Positions
 from .rules import ChannelRule, read
@@ -47,16 +49,17 @@ class Walk:
             return rigid_result(node)
         if node.op == "get_attr":
             tensor = get_attribute(self.model, str(node.target))
-            assert isinstance(tensor, Tensor)
-            return parameter_value(self.facts.positions, tensor, range(tensor.ndim))
+            known = isinstance(tensor, Tensor)  # the body of a higher-order operator is none
+            return parameter_value(self.facts.positions, tensor, range(tensor.ndim)) if known else None
         if node.op == "output":
             self._freeze_outputs(node)
             return None
         call = self._call(node)
+        if "tensor_meta" not in node.meta:
+            return _number(call)
         if node.target is operator.getitem:
-            return node.target(*call.arguments.values())
-        if "tensor_meta" not in node.meta:  # sizes
-            return _plain(node, call.arguments)
+            values, index = call.arguments.values()
+            return values[index]
         shuffle = self._within.get(node) or self._shuffle_from(node)
         return self._shuffled(shuffle, node) if shuffle else read(self.rules, call)
 
@@ -81,7 +84,8 @@ class Walk:
             module, layer = self.model.get_submodule(str(node.target)), str(node.target)
         named = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else _in_order(node)
         known = tree_map_only(fx.Node, self.values.__getitem__, named)
-        return Call(node, known, rigid_result(node), module, layer, self.facts, self._heads.get(node))
+        computed = frozenset(name for name, value in named.items() if any(map(_is_number, _nodes(value))))
+        return Call(node, known, rigid_result(node), module, layer, self.facts, self._heads.get(node), computed)
 
     def _freeze_outputs(self, node: fx.Node) -> None:
         for value in values_in(tree_map_only(fx.Node, self.values.__getitem__, node.args)):
@@ -105,12 +109,29 @@ def _in_order(node: fx.Node) -> dict[str, Any]:
     return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
 
 
-def _plain(node: fx.Node, named: dict[str, Any]) -> Any:
-    """The size of a tensor at the example batch, or arithmetic on sizes."""
-    if node.target is torch.ops.aten.sym_size.int:
-        return named["self"].shape[named["dim"]]
-    assert callable(node.target)
-    return node.target(*named.values())
+def _nodes(tree: Any) -> list[fx.Node]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, fx.Node)]
+
+
+def _is_number(node: fx.Node) -> bool:
+    return "tensor_meta" not in node.meta and node.op == "call_function"
+
+
+def _number(call: Call) -> Any:
+    """What is no tensor: a size at the example batch, or arithmetic on sizes. Other numbers are not known on paper,
+    and what they are taken from stays as it is."""
+    target: Any = call.node.target
+    if target is torch.ops.aten.sym_size.int:
+        call.freeze(call.input.axis(call["dim"]), "the model computes with its size")
+        return call.input.shape[call["dim"]]
+    if values_in(call.arguments):
+        unknown(call)
+        numel = target is torch.ops.aten.sym_numel.default
+        return prod(call.input.shape) if numel else NotImplemented
+    try:
+        return target(*call.arguments.values())
+    except Exception:
+        return NotImplemented
 
 
 def heads_by_node(graph: fx.Graph) -> dict[fx.Node, int]:
