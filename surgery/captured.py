@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .raising import Raiser
 from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
 from .reproduction import Known, another_sample, at_another_batch, compare, forward, known, on_other_numbers
 from .reproduction import relative_error as relative_error
+from .sizes import Expected, check_inputs, expected_inputs
 from .tracing import uncollected
 
 
@@ -41,7 +42,11 @@ class CaptureInfo:
 
 
 class CallCodeGen(_PyTreeCodeGen):
-    """Code that takes the original's nested arguments and gives its nested outputs."""
+    """Code that takes the original's nested arguments, checks them, and gives its nested outputs."""
+
+    def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
+        names = ", ".join(name.split(":")[0].split("#")[0] for name in free_vars)
+        return f"{super().gen_var_bindings(fn_args, free_vars, expanded_def)}\n    self.check_inputs({names})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallCodeGen:
         return CallCodeGen(self.pytree_info)
@@ -74,6 +79,19 @@ class CapturedModel(fx.GraphModule):
         info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
         return replace(self._info.inputs, names=tuple(info.orig_args))
 
+    @cached_property
+    def expected_inputs(self) -> Expected:
+        """What the model takes: see `surgery.sizes`."""
+        return expected_inputs(self.inputs, free_batch=self.dynamic_batch)
+
+    def check_inputs(self, *leaves: Any) -> None:
+        """Raises InputError where a call's tensors and constants, in order, are not as in the capture."""
+        if "capture" in self.meta:
+            try:
+                check_inputs(dict(zip(self.expected_inputs, leaves, strict=True)), self.expected_inputs)
+            except ValueError as error:
+                raise InputError(str(error), fix=OTHER_SIZES) from error
+
     @property
     def dynamic_batch(self) -> bool:
         """Whether dimension 0 of the inputs is free; otherwise it is fixed at the example's size, `notes` says why."""
@@ -101,6 +119,9 @@ class CapturedModel(fx.GraphModule):
         retarget(self.graph, device)
         self.recompile()
         return self
+
+
+OTHER_SIZES = "give inputs as the example was, or capture the model with an example of this kind and size"
 
 
 @full_precision()

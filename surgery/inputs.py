@@ -54,12 +54,16 @@ class Inputs:
         return cls(bound.args, dict(bound.kwargs), tuple(names))
 
     @property
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its place, such as `mask` or `batch['image']`."""
+    def named_leaves(self) -> dict[str, Any]:
+        """Every tensor and constant by its place, such as `mask` or `batch['image']`, in the order of the graph."""
         names = [*self.names, *(f"[{i}]" for i in range(len(self.names), len(self.args)))]
         named = [*zip(names, self.args, strict=False), *self.kwargs.items()]
-        leaves = [(f"{name}{keystr(path)}", leaf) for name, value in named for path, leaf in _leaves(value)]
-        return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
+        return {f"{name}{keystr(path)}": leaf for name, value in named for path, leaf in _leaves(value)}
+
+    @property
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its place."""
+        return {name: leaf for name, leaf in self.named_leaves.items() if isinstance(leaf, Tensor)}
 
     @property
     def tensors(self) -> list[Tensor]:

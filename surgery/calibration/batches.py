@@ -47,7 +47,7 @@ def checked_inputs(model: CapturedModel, batch: Any, place: str) -> Inputs:
         inputs = _as_captured(model, Inputs.of(model, batch))
     except InputError as error:
         raise InputError(error.problem, at=place, fix=_FIX) from error
-    _check_shapes(model, inputs, place)
+    _check_sizes(model, inputs, place)
     inputs.check_finite(place)
     return inputs
 
@@ -60,8 +60,8 @@ def _as_captured(model: CapturedModel, inputs: Inputs) -> Inputs:
     return Inputs(tuple(bound.values()), by_keyword, tuple(bound))
 
 
-def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
-    """The same tensors as the example, equal in type and in every size but the batch's."""
+def _check_sizes(model: CapturedModel, inputs: Inputs, place: str) -> None:
+    """The same tensors as the example, of the sizes that the model takes and the very same types."""
     example, given = model.inputs.named_tensors, inputs.named_tensors
     if example.keys() != given.keys():
         raise InputError(
@@ -69,22 +69,14 @@ def _check_shapes(model: CapturedModel, inputs: Inputs, place: str) -> None:
             at=place,
             fix=_FIX,
         )
-    batch, old = inputs.batch_size, model.inputs.batch_size
     for name, tensor in given.items():
-        like = example[name]
-        shape = list(like.shape)
-        if not tensor.numel() and like.numel():
+        if not tensor.numel() and example[name].numel():
             raise InputError(f"input {name} is empty, {tuple(tensor.shape)}", at=place, fix="leave the batch out")
-        if model.dynamic_batch and shape and shape[0] == old:
-            shape[0] = batch
-        if list(tensor.shape) != shape or tensor.dtype != like.dtype:
+        if tensor.dtype != example[name].dtype:
             raise InputError(
-                f"input {name} is {_described(tensor.shape, tensor.dtype)}",
-                at=place,
-                fix=f"the model was captured with {_described(like.shape, like.dtype)}; "
-                + ("only the batch, dimension 0, is free" if model.dynamic_batch else "its batch size is fixed"),
+                f"input {name} is {tensor.dtype}, the model was captured with {example[name].dtype}", at=place, fix=_FIX
             )
-
-
-def _described(shape: Iterable[int], dtype: object) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+    try:
+        model.check_inputs(*inputs.named_leaves.values())
+    except InputError as error:
+        raise InputError(error.problem, at=place, fix=error.fix) from error

@@ -28,7 +28,7 @@ _KNOWN: dict[str, Any] = {
 }
 
 
-_TAKEN = ("Model", "load", "build", "load_file", "Path")
+_TAKEN = ("Model", "load", "build", "load_file", "Path", "INPUTS", "check_inputs", "number_kind", "Any")
 
 
 @dataclass

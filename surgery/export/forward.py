@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..captured import CapturedModel
 from .layout import Layout
-from .literals import WIDTH, literal
+from .literals import WIDTH, literal, quoted
 from .naming import Pattern, Statement, Values, bound_nodes, name_values
 from .signature import RESERVED, Arguments, Result
 from .spelling import spell
@@ -23,7 +23,7 @@ class Forward:
     """The source of `forward`, as logical lines without indentation."""
 
     def __init__(self, model: CapturedModel, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self.expected = layout, model.expected_inputs
         self.values = Values(model.graph)
         read = {node for statement in self.values.statements for node in statement.reads}
         self.arguments = Arguments(model, read | set(self.values._reads(self.values.output)))
@@ -42,6 +42,7 @@ class Forward:
     def lines(self) -> Iterator[str]:
         """`def forward(…):`, then the body."""
         yield self.arguments.definition(self.result.annotation)
+        yield self._check()
         yield from self.arguments.unpacking
         if self.device is not None and self.arguments.first_tensor is not None:
             yield f"{self.device_name} = {self.names[self.arguments.first_tensor]}.device"
@@ -59,6 +60,10 @@ class Forward:
             previous = block
         self.base, self.base_text = "", "self"
         yield f"return {self._returned()}"
+
+    def _check(self) -> str:
+        given = zip(self.expected, self.arguments.leaves, strict=True)
+        return f"check_inputs({{{', '.join(f'{quoted(name)}: {text}' for name, text in given)}}}, INPUTS)"
 
     def _returned(self) -> str:
         text = self.result.text

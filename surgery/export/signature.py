@@ -22,7 +22,7 @@ from .layout import plain_name
 from .literals import literal
 from .tensor_names import fresh
 
-RESERVED = {"self", "torch", "nn", "F", "math", "Tensor", "OrderedDict"}
+RESERVED = {"self", "torch", "nn", "F", "math", "Tensor", "OrderedDict", "check_inputs", "INPUTS"}
 
 
 class Arguments:
@@ -37,19 +37,22 @@ class Arguments:
             raise ExportError(f"forward has an argument named {min(clash)!r}", fix="rename that argument")
         self.variables: dict[fx.Node, str] = {}
         self.unpacking: list[str] = []
+        self.leaves: list[str] = []
+        """The expression for each leaf in order, before they are unpacked."""
         self.first_tensor: fx.Node | None = None
         taken = RESERVED | set(self.names)
         for node, (path, leaf) in zip(placeholders, leaves, strict=True):
             if isinstance(leaf, Tensor) and self.first_tensor is None:
                 self.first_tensor = node
             argument = self._argument(path)
+            self.leaves.append(f"{argument}{''.join(map(_step, path[2:]))}")
             if len(path) == 2:
                 self.variables[node] = argument
             elif node in used or node is self.first_tensor:
                 name = _unused(path, node, taken)
                 taken.add(name)
                 self.variables[node] = name
-                self.unpacking.append(f"{name} = {argument}{''.join(map(_step, path[2:]))}")
+                self.unpacking.append(f"{name} = {self.leaves[-1]}")
         self.annotations = dict(zip(self.names, _annotations(model), strict=True))
 
     def _argument(self, path: Sequence[Any]) -> str:

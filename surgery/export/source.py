@@ -6,6 +6,7 @@ The source calls the very operators of the graph, so its outputs are those of th
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import shutil
@@ -24,10 +25,11 @@ from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
 from ..loading import load
+from ..sizes import check_inputs, number_kind
 from .embed import embed
 from .forward import Forward
 from .layout import Layout, class_text
-from .literals import quoted, wrap
+from .literals import literal, quoted, wrap
 
 _LOAD = '''\
 def load(folder: str | Path | None = None) -> Model:
@@ -88,6 +90,7 @@ def source(model: CapturedModel, *, name: str = "model", header: Mapping[str, st
     embedded = embed({type(layer) for layer in layout.layers.values() if "." not in class_text(type(layer))})
     forward = Forward(model, layout)
     body = [
+        *_input_lines(forward),
         *_class_lines(layout, forward),
         "",
         "",
@@ -127,7 +130,7 @@ def _imports(forward: Forward, text: str) -> list[str]:
     standard = [line for line in ("import math",) if "math." in text]
     standard += ["from collections import OrderedDict"] if forward.result.ordered else []
     standard += ["from pathlib import Path"]
-    standard += ["from typing import NamedTuple"] if forward.result.classes else []
+    standard += ["from typing import Any, NamedTuple" if forward.result.classes else "from typing import Any"]
     torch_lines = ["import torch"]
     torch_lines += ["import torch.nn.functional as F"] if "F." in text else []
     torch_lines.append("from safetensors.torch import load_file")
@@ -155,6 +158,16 @@ def _class_lines(layout: Layout, forward: Forward) -> Iterator[str]:
     definition, *body = forward.lines()
     yield from wrap(definition, 4, first=True)
     yield from _indented(body[1:] if body[0] == "" else body)
+
+
+def _input_lines(forward: Forward) -> Iterator[str]:
+    """What checks the inputs, and the table of what the model takes."""
+    for function in (check_inputs, number_kind):
+        yield from [*inspect.getsource(function).rstrip().splitlines(), "", ""]
+    yield "# Type and sizes of every input: a number is fixed, a name is free and one size wherever it stands."
+    yield "INPUTS = {"
+    yield from (line for item in forward.expected.items() for line in wrap(f"{': '.join(map(literal, item))},", 4))
+    yield from ["}", "", ""]
 
 
 def _indented(lines: Any) -> Iterator[str]:
