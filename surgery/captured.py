@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure
 
 from .errors import CaptureError, InputError
 from .functional import functionalise
@@ -28,7 +28,7 @@ from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
 from .reproduction import Known, another_sample, at_another_batch, compare, forward, known, on_other_numbers
 from .reproduction import relative_error as relative_error
 from .sizes import Expected, check_inputs, expected_inputs
-from .tracing import uncollected
+from .tracing import evaluating, uncollected
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,14 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         notes += _fixed_arguments(model, inputs) + _dropped(private, captured)
     captured.meta["capture"] = CaptureInfo(inputs, not why_fixed, tuple(notes), error)
     return captured
+
+
+def nested_as(model: nn.Module, inputs: Inputs) -> tuple[TreeSpec, TreeSpec]:
+    """How the arguments of `model` and its outputs are nested, in the user's own classes; it runs once, as a copy."""
+    private = private_copy(model)
+    with torch.inference_mode(False), evaluating(private):
+        given = inputs.clone()
+        return tree_structure((inputs.args, inputs.kwargs)), tree_structure(private(*given.args, **given.kwargs))
 
 
 def _check_example(inputs: Inputs) -> None:

@@ -7,18 +7,16 @@ whose names start with an underscore keep their defaults; `device` and `dtype` b
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 import typing
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ExportError, RunError
+from .errors import ExportError
 
 _PLACEMENT = ("device", "dtype")
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
@@ -60,7 +58,8 @@ def takes(cls: type[nn.Module], name: str) -> bool:
 
 
 def build(cls: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """A module without values: on the meta device, or on the CPU where its constructor needs real tensors.
+    """A module without values: on the meta device, or on the CPU where its constructor needs real tensors, which none
+    of torch.nn does.
 
     The random number generators stay as they are.
     """
@@ -69,6 +68,8 @@ def build(cls: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
             with torch.device("meta"):
                 return cls(**arguments)
         except (NotImplementedError, RuntimeError):
+            if cls.__module__.startswith("torch."):
+                raise
             with torch.device("cpu"):
                 return cls(**arguments)
 
@@ -111,7 +112,7 @@ def enclosing(name: str) -> Iterator[str]:
 
 
 def class_path(cls: type[nn.Module]) -> str:
-    """`module:Class`, from which `find_class` gives the class back.
+    """`module:Class`.
 
     Raises:
         ExportError: the class cannot be imported by that path, as one defined inside a function.
@@ -123,24 +124,6 @@ def class_path(cls: type[nn.Module]) -> str:
             fix="the plugin's author must define it at the top level of a module",
         )
     return path
-
-
-def find_class(path: str) -> type[nn.Module]:
-    """The layer class at `module:Class`.
-
-    Only torch.nn, modules already imported and packages that provide surgery plugins are looked at, so that a file
-    cannot make this process import anything else; and only a subclass of `nn.Module` is returned.
-
-    Raises:
-        RunError: there is no such class, or it may not be used.
-    """
-    module_name, _, qualified = path.partition(":")
-    cls = _resolve(_import(module_name), qualified)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise RunError(
-            f"no layer class {path!r} is known here", fix="install the plugin package that defines this layer"
-        )
-    return cls
 
 
 def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -195,16 +178,6 @@ def _differing(cls: type[nn.Module], target: Mapping[str, Any], chosen: Mapping[
     except Exception:
         return [*chosen, *(set(target) - set(chosen))]
     return [p.name for p in parameters(cls) if repr(_argument(built, p)) != repr(target[p.name])]
-
-
-def _import(name: str) -> Any:
-    trusted = {"torch", *(entry.module.partition(".")[0] for entry in entry_points(group="surgery"))}
-    if name not in sys.modules and (name.startswith("torch.nn.") or name.partition(".")[0] in trusted - {"torch"}):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            return None
-    return sys.modules.get(name)
 
 
 def _resolve(module: Any, qualified: str) -> Any:

@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from . import __version__
-from .captured import CapturedModel, capture
+from .captured import CapturedModel, capture, nested_as
 from .context import Context, Progress, silent
 from .contract import snapshot
 from .data import Data
@@ -34,7 +34,7 @@ from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .running import check_device
 from .runs import RunFolder, run_key, writing
-from .state import load_state, save_state
+from .state import Known, containers_of, load_state, save_state
 from .steps import Outcome, Standing, StepResult
 from .verification import Verification
 
@@ -147,7 +147,8 @@ class _Run:
         self.progress("capture", 0, len(names))
         original, judge = self._original(model, inputs, results)
         last = len(results) - 1
-        current = original if last == 0 else self.folder.state(last, names[last])
+        nested = partial(containers_of, original)
+        current = original if last == 0 else self.folder.state(last, names[last], Known(self.registry), nested)
         while len(results) < len(names) and results[-1].outcome != "stopped":
             self.progress(names[len(results)], len(results), len(names))
             current, result = self._step(len(results), current, results[-1].standing, judge)
@@ -162,12 +163,14 @@ class _Run:
         """The original as its stored state has it, so that a resumed run goes on from the same bits, and who judges by
         it. A first run adds the step to `results`."""
         if results:
-            original = self.folder.state(0, "capture")
+            nested = partial(nested_as, model, inputs)
+            original = self.folder.state(0, "capture", Known(self.registry), nested)
             return original, self._judge(original)
         captured = capture(model, inputs)
         with writing(self.folder.work):
             save_state(captured, self.folder.work / "captured")
-        original = load_state(self.folder.work / "captured")
+        nested = partial(containers_of, captured)
+        original = load_state(self.folder.work / "captured", Known(self.registry, captured), nested)
         judge = self._judge(original)
         results.append(StepResult("capture", PassReport(notes=captured.notes), judge.check_budget()))
         self.folder.keep(0, original, results[0])

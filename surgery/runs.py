@@ -32,7 +32,7 @@ from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Pass
 from .recipe import Plan
-from .state import load_state, save_state
+from .state import Containers, Known, load_state, save_state
 from .state.form import GRAPH, INPUTS, WEIGHTS
 from .steps import StepResult
 
@@ -258,9 +258,9 @@ class RunFolder:
             _drop_state(self._folder(index, name))
         return results
 
-    def state(self, index: int, name: str) -> CapturedModel:
-        """The model as the finished step left it."""
-        return load_state(self._folder(index, name))
+    def state(self, index: int, name: str, known: Known, containers: Containers) -> CapturedModel:
+        """The model as the finished step left it; see `load_state`."""
+        return load_state(self._folder(index, name), known, containers)
 
     def keep(self, index: int, model: CapturedModel, result: StepResult) -> None:
         """Store a finished step; the state of the step before it is dropped, but never the captured original's."""

@@ -19,8 +19,7 @@ from surgery.errors import ExportError, ModelError
 from surgery.export.source import export_source, source
 from surgery.loading import load
 from surgery.names import set_module
-from surgery.state import load_state, save_state
-from surgery.state.encoding import decode_target
+from surgery.state import Known, load_state, save_state
 
 # Runs where neither this SDK nor the models' classes can be imported.
 _ELSEWHERE = """
@@ -313,14 +312,14 @@ def test_a_layer_whose_constructor_needs_values_is_built_on_the_cpu(tmp_path: Pa
     x = torch.randn(3, 4)
     assert torch.equal(load(tmp_path)(x), model(x))
     save_state(model, tmp_path / "state")
-    assert torch.equal(load_state(tmp_path / "state")(x), model(x))
+    assert torch.equal(load_state(tmp_path / "state", Known(model=model))(x), model(x))
 
 
 def test_quantisation_operators_are_registered_by_the_source(tmp_path: Path) -> None:
     model = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     last = next(n for n in model.graph.nodes if n.op == "call_module")
-    quantise = decode_target("quantized_decomposed.quantize_per_tensor.default")
-    dequantise = decode_target("quantized_decomposed.dequantize_per_tensor.default")
+    quantise = Known().operator("quantized_decomposed.quantize_per_tensor.default")
+    dequantise = Known().operator("quantized_decomposed.dequantize_per_tensor.default")
     with model.graph.inserting_after(last):
         q = model.graph.call_function(quantise, (last, 0.1, 3, -128, 127, torch.int8))
     with model.graph.inserting_after(q):

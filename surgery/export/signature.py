@@ -18,6 +18,7 @@ from torch.utils._pytree import (
 
 from ..captured import CapturedModel
 from ..errors import ExportError
+from ..state.structure import keys_of
 from .layout import plain_name
 from .literals import literal
 from .tensor_names import fresh
@@ -123,7 +124,7 @@ class Result:
             return f"{context.__name__}({', '.join(items)})"
         if kind is list:
             return f"[{', '.join(items)}]"
-        keys = _keys(spec)
+        keys = keys_of(spec)
         if keys is None:
             return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
         if kind is OrderedDict:
@@ -131,20 +132,6 @@ class Result:
             pairs = [f"({literal(key)}, {item})" for key, item in zip(keys, items, strict=True)]
             return f"OrderedDict([{', '.join(pairs)}])"
         return f"{{{', '.join(f'{literal(key)}: {item}' for key, item in zip(keys, items, strict=True))}}}"
-
-
-def _keys(spec: TreeSpec) -> list[Any] | None:
-    """Names of the parts: a dict's keys, the fields of a class registered with its field names."""
-    context = spec.context
-    if spec.type in (tuple, list):
-        return None
-    inner = context[0] if isinstance(context, tuple | list) and context else None
-    for candidate in (context, inner):
-        if not isinstance(candidate, list | tuple) or len(candidate) != spec.num_children:
-            continue
-        if spec.type in (dict, OrderedDict) or all(isinstance(key, str) for key in candidate):
-            return list(candidate)
-    return None
 
 
 def _result_annotation(spec: TreeSpec) -> str:

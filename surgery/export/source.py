@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +25,8 @@ from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
 from ..loading import load
 from ..sizes import check_inputs, number_kind
+from ..state.files import write_tensors
+from ..state.write import named_tensors, weights_of
 from .embed import embed
 from .forward import Forward
 from .layout import Layout, class_text
@@ -75,7 +76,7 @@ def _write(model: CapturedModel, target: Path, paths: tuple[Path, Path], text: s
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target) as scratch:
         written = [Path(scratch) / path.name for path in paths]
         written[0].write_text(text, encoding="utf-8")
-        save_file(_weights(model), str(written[1]))
+        write_tensors(weights_of(model), written[1])
         shutil.copymode(written[0], written[1])  # safetensors lets nobody else read
         _check(model, written[0])
         for new, path in reversed([*zip(written, paths, strict=True)]):
@@ -178,7 +179,7 @@ def _indented(lines: Any) -> Iterator[str]:
 
 def _load_lines(model: CapturedModel, layout: Layout) -> Iterator[str]:
     """The body of `build`: what the weights file does not say as a state_dict does."""
-    first = {id(tensor): name for name, tensor in reversed([*_named_tensors(model)])}
+    first = {id(tensor): name for name, tensor in reversed([*named_tensors(model)])}
     stored = model.state_dict(keep_vars=True)
     shared = [(name, first[id(tensor)]) for name, tensor in stored.items() if first[id(tensor)] != name]
     if shared:
@@ -211,19 +212,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, under its first name."""
-    unique: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in _named_tensors(model):
-        unique.setdefault(id(tensor), (name, tensor))
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in unique.values()}
-
-
 def _check(model: CapturedModel, path: Path) -> None:
     """Load what was written and compare it with the model; raises ExportError where they differ."""
     remedy = "report this with the model"
@@ -240,7 +228,7 @@ def _check(model: CapturedModel, path: Path) -> None:
 
 def _deviation(model: CapturedModel, copy: nn.Module) -> float:
     """Largest difference relative to the largest output on the example; 0 = bit-identical."""
-    device = next((tensor.device for _, tensor in _named_tensors(model)), torch.device("cpu"))
+    device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
     inputs, copy = model.inputs.to(device), copy.to(device)
     training = [module for module in model.modules() if module.training]
     try:

@@ -4,13 +4,11 @@
     everything else                                   an object with one key: {"node": "conv1"}, {"tuple": [1, 2]},
                                                       {"dtype": "float32"}, {"slice": [0, null, 2]}, {"float": "inf"} …
 
-A decoded target is an operator that computes: an aten (or other loaded) overload that neither writes to its arguments
-nor opens files, plain Python arithmetic, or one of torch's operations on sizes. Nothing else can be named.
+What a file may call is in `allowed`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -23,7 +21,8 @@ _OPERATORS = {
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "pow", "abs", "lshift", "rshift"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "not_"),
 }
-_LIBRARIES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
+_SIZES = {name for name in vars(torch) if name.startswith("sym_") and callable(vars(torch)[name])}
+_DEEPEST = 32
 _TORCH_TYPES: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -49,7 +48,7 @@ def encode(value: Any) -> Any:
     raise TypeError(f"cannot store a {type(value).__name__}: {value!r}")
 
 
-def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
+def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None, depth: int = _DEEPEST) -> Any:
     """The value `encode` was given; nodes are looked up by name among `nodes`.
 
     Raises:
@@ -57,8 +56,10 @@ def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
     """
     if data is None or isinstance(data, bool | int | str | float):
         return data
+    if not depth:
+        raise ValueError("a value is nested too deeply")
     if isinstance(data, list):
-        return [decode(v, nodes) for v in data]
+        return [decode(v, nodes, depth - 1) for v in data]
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError(f"{data!r} is no stored value")
     ((tag, content),) = data.items()
@@ -67,7 +68,7 @@ def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
             raise ValueError(f"node {content!r} is used before it is computed")
         return nodes[content]
     if tag in ("tuple", "dict", "slice"):
-        return _container(tag, decode(content, nodes))
+        return _container(tag, decode(content, nodes, depth - 1))
     return _plain(tag, content)
 
 
@@ -81,44 +82,20 @@ def encode_target(target: Any) -> str:
         return str(target)
     name = str(getattr(target, "__name__", ""))
     for prefix in ("operator", "math", "torch"):
-        if _python_function(prefix, name) is target:
+        if python_function(f"{prefix}.{name}") is target:
             return f"{prefix}.{name}"
     raise TypeError(f"cannot store a call of {target!r}")
 
 
-def decode_target(text: str) -> Callable[..., Any]:
-    """The function `encode_target` named.
-
-    Raises:
-        ValueError: there is no such function, or it writes to its arguments or to files.
-    """
-    namespace, _, rest = text.partition(".")
-    if rest and (function := _python_function(namespace, rest)) is not None:
-        return function
-    return _overload(namespace, *rest.split("."))
-
-
-def _python_function(prefix: str, name: str) -> Callable[..., Any] | None:
+def python_function(text: str) -> Callable[..., Any] | None:
+    """The function `text` names, if it is arithmetic of Python or one of torch's operations on sizes."""
+    prefix, _, name = text.partition(".")
     if prefix == "operator" and name in _OPERATORS:
         return getattr(operator, name)  # type: ignore[no-any-return]
-    if prefix == "torch" and name.startswith("sym_") and callable(getattr(torch, name, None)):
+    if prefix == "torch" and name in _SIZES:
         return getattr(torch, name)  # type: ignore[no-any-return]
-    function = getattr(math, name, None) if prefix == "math" else None
+    function = vars(math).get(name) if prefix == "math" else None
     return function if callable(function) and not name.startswith("_") else None
-
-
-def _overload(namespace: str, name: str = "", overload: str = "", *rest: str) -> torch._ops.OpOverload:
-    text = ".".join((namespace, name, overload, *rest))
-    if namespace in _LIBRARIES:
-        importlib.import_module(_LIBRARIES[namespace])
-    if rest or not all(part.isidentifier() for part in (namespace, name, overload)):
-        raise ValueError(f"{text!r} is no operator")
-    function = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-    if not isinstance(function, torch._ops.OpOverload):
-        raise ValueError(f"operator {text!r} is not known to torch {torch.__version__}")
-    if function._schema.is_mutable or any(argument.name == "filename" for argument in function._schema.arguments):
-        raise ValueError(f"operator {text!r} writes to its arguments or to files")
-    return function
 
 
 def _encode_complex(value: complex) -> list[Any]:
@@ -147,7 +124,7 @@ def _container(tag: str, content: Any) -> Any:
 
 def _plain(tag: str, content: Any) -> Any:
     if tag in _TORCH_TYPES and isinstance(content, str):
-        value = getattr(torch, content, None)
+        value = vars(torch).get(content)  # getattr would import what torch loads lazily
         if isinstance(value, _TORCH_TYPES[tag]):
             return value
     if tag == "float" and content in ("inf", "-inf", "nan"):

@@ -1,19 +1,19 @@
-"""The form of `graph.json`, the same for writing and for reading; every field is checked strictly."""
+"""The document of a captured model, the same for writing and for reading; every field is checked strictly.
+
+It stands as `graph.json` in a state, as `model.graph.json` beside a `model.py`, and in a pack.
+"""
 
 from __future__ import annotations
 
 import json
 import keyword
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import RunError
-
-GRAPH, WEIGHTS, INPUTS = "graph.json", "weights.safetensors", "inputs.safetensors"
-REMEDY = "remove this folder and resume: the step runs again"
+GRAPH, WEIGHTS, INPUTS = FILES = ("graph.json", "weights.safetensors", "inputs.safetensors")
+VERSION = 2
+LONGEST_NAME, DEEPEST = 4096, 64
 
 Op = Literal["placeholder", "get_attr", "call_function", "call_module", "output"]
 
@@ -25,8 +25,10 @@ def _identifier(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    # fx writes these names into the source code that it runs
-    if not re.fullmatch(r"[^\"'\\{}\x00-\x1f\x7f]*", text):
+    # fx writes these names into the source code that it runs, in quotes where they are no identifiers
+    if len(text) > LONGEST_NAME or text.count(".") > DEEPEST:
+        raise ValueError(f"{text[:40]!r}… is too long a name, or too deep")
+    if any(character in '"\\' or not character.isprintable() for character in text):
         raise ValueError(f"{text!r} is no name of a module or tensor")
     return text
 
@@ -43,7 +45,7 @@ class ModuleRecord(Record):
     """A container, a layer (`class` and `arguments`), or another name of an earlier one (`same_as`)."""
 
     name: DottedName
-    training: bool
+    training: bool = False
     cls: str | None = Field(None, alias="class")
     arguments: dict[str, Any] = {}
     same_as: DottedName | None = None
@@ -53,9 +55,7 @@ class TensorRecord(Record):
     """A parameter or buffer. `strides` where the memory is not in row-major order; `same_as` for a tied one."""
 
     name: DottedName
-    shape: list[int]
-    dtype: str
-    kind: Literal["parameter", "buffer"]
+    kind: Literal["parameter", "buffer"] = "parameter"
     requires_grad: bool = True
     persistent: bool = True
     strides: list[int] | None = None
@@ -63,33 +63,22 @@ class TensorRecord(Record):
 
 
 class NodeRecord(Record):
+    """`rank`: dimensions of the result at the example, a list for a tuple of results."""
+
     name: Identifier
     op: Op
     target: DottedName
     args: list[Any] = []
     kwargs: dict[Identifier, Any] = {}
-    meta: dict[str, Any] = {}
+    path: DottedName | None = None
+    """What the user calls the place: `node.meta["module_path"]`."""
+    rank: int | list[Any] | None = None
 
 
 class Capture(Record):
     dynamic_batch: bool
     notes: list[str]
     error: Any
-
-
-class Example(Record):
-    """The example inputs flattened: structure, and each leaf that is no tensor."""
-
-    spec: str
-    leaves: list[Any]
-
-
-class Signature(Record):
-    """Argument names and the structures of inputs and outputs."""
-
-    names: list[Identifier]
-    inputs: str
-    outputs: str
 
 
 class UsedNames(Record):
@@ -100,35 +89,41 @@ class UsedNames(Record):
 
 
 class Document(Record):
-    format: Literal["surgery-state"]
-    version: Literal[1]
+    format: Literal["surgery-graph"]
+    version: Literal[2]
     capture: Capture
-    meta: dict[str, Any]
-    inputs: Example
-    signature: Signature
-    used_names: UsedNames
+    meta: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
+    """Lines for the docstring of the source, such as the recipe's hash."""
+    source_sha256: str | None = None
+    """Of the `model.py` that was written together with it."""
+    names: list[Identifier]
+    """Of the arguments."""
+    inputs: Any
+    outputs: Any
+    """How they are nested, see `structure`."""
+    example: list[Any]
+    """Each leaf of the example inputs: {"tensor": [type, shape]}, or its value."""
+    used_names: UsedNames | None = None
     modules: list[ModuleRecord]
     tensors: list[TensorRecord]
     nodes: list[NodeRecord]
 
     def to_bytes(self) -> bytes:
-        data = self.model_dump(by_alias=True, exclude_unset=True)
-        return (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        data = self.model_dump(by_alias=True, exclude_defaults=True)
+        return (json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def read_document(path: Path) -> Document:
-    """The checked content of a `graph.json`.
+def read_document(data: bytes) -> Document:
+    """The checked document.
 
     Raises:
-        RunError: the file is missing, no JSON, or not of this form; it names the field.
+        ValueError: no JSON, or not of this form; the text names the field.
     """
     try:
-        return Document.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise RunError(f"there is no {path.name}", at=str(path), fix=REMEDY) from error
+        return Document.model_validate(json.loads(data))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RunError(f"{place}: {first['msg']}", at=str(path), fix=REMEDY) from error
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"the file is no JSON: {error}", at=str(path), fix=REMEDY) from error
+        raise ValueError(f"it is no JSON: {error}") from error

@@ -1,145 +1,213 @@
-"""`graph.json` and safetensors files back to a captured model; each part is checked before it is used."""
+"""A document and its tensors back to a captured model; each part is checked before it is used.
+
+Work and memory are bounded by the size of the document and the tensors, whatever it declares.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeInfo
-from torch.utils._pytree import tree_unflatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ..captured import CallCodeGen, CapturedModel, CaptureInfo
-from ..constructors import build, find_class, leaf_modules
+from ..constructors import build, leaf_modules, parameters
 from ..errors import RunError
 from ..graph import propagate
 from ..inputs import Inputs
-from . import specs
-from .encoding import decode, decode_target, encode
-from .form import (
-    GRAPH,
-    INPUTS,
-    REMEDY,
-    WEIGHTS,
-    Document,
-    Example,
-    ModuleRecord,
-    NodeRecord,
-    Signature,
-    TensorRecord,
-    read_document,
-)
+from ..tracing import first_line
+from .allowed import Known
+from .encoding import decode
+from .files import own_tensors, read_tensors
+from .form import GRAPH, INPUTS, WEIGHTS, Document, ModuleRecord, NodeRecord, TensorRecord, read_document
+from .structure import decode_structure, has_classes, plain
+
+REMEDY = "run again without resuming"
+_LARGEST = 1 << 32
+"""Elements of an example input that is not given."""
+_CALLS = 64
+"""Calls into torch that building the layers may take for each of them and of their tensors; an LSTM's take seven."""
 
 
-def load_state(folder: str | Path) -> CapturedModel:
+Containers = Callable[[], tuple[TreeSpec, TreeSpec]]
+
+
+def load_state(folder: str | Path, known: Known | None = None, containers: Containers | None = None) -> CapturedModel:
     """The model that `save_state` wrote, on the CPU, with shapes noted on its nodes.
+
+    `known`: what it may name. `containers`: how the model at hand nests its arguments and outputs, asked for where it
+    may do so in classes of its own; without it their place is taken by dicts and tuples.
 
     Raises:
         RunError: a file is missing or damaged, names an operator or class that is not known here, or does not fit the
             other files; it names the file and the place.
     """
     source = Path(folder)
-    document = read_document(source / GRAPH)
-    path = str(source / GRAPH)
-    model = CapturedModel(nn.Module(), fx.Graph())
-    layers = _restore_modules(model, document.modules, path)
-    _restore_tensors(model, document.tensors, source)
-    _check_complete(layers, path)
-    graph = _restore_graph(model, document, path)
-    with _damage(path, "nodes"):
-        model.graph = graph
-    with _damage(path, "inputs"):
-        inputs = _restore_inputs(document.inputs, source / INPUTS)
-    with _damage(path, "meta"):
-        error = float(decode(document.capture.error))
-        model.meta = {key: decode(value) for key, value in document.meta.items()}
-    model.meta["capture"] = CaptureInfo(inputs, document.capture.dynamic_batch, tuple(document.capture.notes), error)
-    with _damage(path, "running it on the example inputs"):
-        propagate(model.eval(), inputs)
-    _set_training(model, document.modules)
+    with _damage(source / GRAPH):
+        document = read_document((source / GRAPH).read_bytes())
+    with _damage(source / WEIGHTS):
+        tensors = read_tensors(source / WEIGHTS)
+    with _damage(source / INPUTS):
+        example = read_tensors(source / INPUTS)
+    with _damage(source / GRAPH):
+        model = build_model(document, tensors, known or Known(), example)
+        if containers and has_classes([document.inputs, document.outputs]):
+            use_containers(model, *containers())
+        with _place("running it on the example inputs"):
+            propagate(model.eval(), model.meta["capture"].inputs)
+    for record in document.modules:
+        model.get_submodule(record.name).training = record.training
+        if record.cls is not None:
+            model.get_submodule(record.name).train(record.training)
     return model
 
 
+def containers_of(model: CapturedModel) -> tuple[TreeSpec, TreeSpec]:
+    """How its arguments and outputs are nested."""
+    info = model.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    return info.in_spec, info.out_spec
+
+
+def use_containers(model: CapturedModel, inputs: TreeSpec, outputs: TreeSpec) -> None:
+    """Nest arguments and outputs in these classes, which hold the same parts.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if (plain(inputs), plain(outputs)) != tuple(map(plain, containers_of(model))):
+        raise ValueError("the model's arguments or outputs are not nested as those of the model at hand")
+    info = model.meta["capture"]
+    leaves = tree_leaves((info.inputs.args, info.inputs.kwargs))
+    args, kwargs = tree_unflatten(leaves, inputs)
+    model.meta["capture"] = replace(info, inputs=Inputs(args, kwargs))
+    names = model.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    model.graph.set_codegen(CallCodeGen(_PyTreeInfo(names, inputs, outputs)))
+    model.recompile()
+
+
 @contextmanager
-def _damage(path: str, place: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a damaged file, at this place."""
+def _damage(file: Path) -> Iterator[None]:
     try:
         yield
-    except RunError as error:
-        raise RunError(error.problem, at=error.at or f"{path}, {place}", fix=error.fix or REMEDY) from error
+    except FileNotFoundError as error:
+        raise RunError(f"there is no {file.name}", at=str(file), fix=REMEDY) from error
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise RunError(f"the state is damaged: {reason}", at=f"{path}, {place}", fix=REMEDY) from error
+        raise RunError(f"the state is damaged: {first_line(error)}", at=str(file), fix=REMEDY) from error
 
 
-def _restore_modules(model: nn.Module, records: list[ModuleRecord], path: str) -> dict[str, nn.Module]:
-    """Containers and layers without values below `model`; the layers come back by name."""
-    layers: dict[str, nn.Module] = {}
-    known: dict[str, nn.Module] = {"": model}
-    for i, record in enumerate(records):
-        with _damage(path, f"modules[{i}] {record.name!r}"):
+@contextmanager
+def _place(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside is wrong at this place of the document."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name}: {first_line(error)}") from error
+
+
+def build_model(
+    document: Document, tensors: Mapping[str, Tensor], known: Known, example: Mapping[str, Tensor] | None = None
+) -> CapturedModel:
+    """The model in eval mode, which has `tensors` as its own; nothing is run.
+
+    `example`: the example inputs by their number; without them they are zeros, which take no memory.
+
+    Raises:
+        ValueError: the document contradicts itself, does not fit the tensors, or names what is not known.
+    """
+    model = CapturedModel(nn.Module(), fx.Graph())
+    _restore_modules(model, document, known)
+    _restore_tensors(model, document.tensors, dict(tensors))
+    _check_complete(model, document.tensors)
+    graph = _restore_graph(model, document, known)
+    with _place("nodes"):
+        model.graph = graph
+    with _place("inputs"):
+        inputs = _restore_inputs(document, example)
+    with _place("meta"):
+        error = float(decode(document.capture.error))
+        model.meta = {key: decode(value) for key, value in document.meta.items()}
+    model.meta["capture"] = CaptureInfo(inputs, document.capture.dynamic_batch, tuple(document.capture.notes), error)
+    return model.eval()
+
+
+def _restore_modules(model: nn.Module, document: Document, known: Known) -> None:
+    """Containers, and layers without values, below `model`."""
+    layers: set[str] = set()
+    found: dict[str, nn.Module] = {"": model}
+    bounded = _FewCalls(_CALLS * (len(document.modules) + len(document.tensors)))
+    for i, record in enumerate(document.modules):
+        with _place(f"modules[{i}] {record.name!r}"), bounded:
             if i == 0 and record.name == "":
                 continue
             parent, _, key = record.name.rpartition(".")
-            if parent in layers or record.name in known:
+            if parent in layers or record.name in found:
                 raise ValueError("lies inside a layer, or is there twice")
-            module = _restore_module(record, known)
-            known[parent].add_module(key, module)
-            known[record.name] = module
+            module = _restore_module(record, found, known)
+            found[parent].add_module(key, module)
+            found[record.name] = module
             if type(module) is not nn.Module:
-                layers[record.name] = module
-    return layers
+                layers.add(record.name)
 
 
-def _restore_module(record: ModuleRecord, known: Mapping[str, nn.Module]) -> nn.Module:
+def _restore_module(record: ModuleRecord, found: Mapping[str, nn.Module], known: Known) -> nn.Module:
     if record.same_as is not None:
-        return known[record.same_as]
+        return found[record.same_as]
     if record.cls is None:
         return nn.Module()
-    return build(find_class(record.cls), {key: decode(value) for key, value in record.arguments.items()})
+    cls = known.layer(record.cls)
+    arguments = {key: decode(value) for key, value in record.arguments.items()}
+    if further := arguments.keys() - {parameter.name for parameter in parameters(cls)}:
+        raise ValueError(f"{cls.__name__} has no argument {min(further)!r}")
+    return build(cls, arguments)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in memory of their own: those of `load_file` lie in the mapped file, at odd addresses."""
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
-    except FileNotFoundError as error:
-        raise RunError(f"there is no {path.name}", at=str(path), fix=REMEDY) from error
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        raise RunError(f"the file is damaged: {error}", at=str(path), fix=REMEDY) from error
+class _FewCalls(TorchFunctionMode):
+    """Ends what calls torch more often than `left` times: a layer that declares a billion of its kind."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("the layers have more tensors than the document lists")
+        return function(*args, **(kwargs or {}))
 
 
-def _restore_tensors(model: nn.Module, records: list[TensorRecord], folder: Path) -> None:
-    stored = _read_tensors(folder / WEIGHTS)
+def _restore_tensors(model: nn.Module, records: list[TensorRecord], stored: dict[str, Tensor]) -> None:
     restored: dict[str, Tensor] = {}
     for i, record in enumerate(records):
-        with _damage(str(folder / GRAPH), f"tensors[{i}] {record.name!r}"):
+        with _place(f"tensors[{i}] {record.name!r}"):
             if record.same_as is not None:
                 tensor = restored[record.same_as]
+            elif record.name in stored:
+                tensor = _restore_tensor(record, stored.pop(record.name))
             else:
-                tensor = _restore_tensor(record, stored.pop(record.name, None))
+                raise ValueError("it is not among the weights")
             owner, _, key = record.name.rpartition(".")
             _place_tensor(model.get_submodule(owner), key, tensor, record)
             restored[record.name] = tensor
     if stored:
-        raise RunError(f"tensor {min(stored)!r} belongs to no layer", at=str(folder / WEIGHTS), fix=REMEDY)
+        raise ValueError(f"tensor {min(stored)!r} belongs to no layer")
 
 
-def _restore_tensor(record: TensorRecord, stored: Tensor | None) -> Tensor:
-    if stored is None:
-        raise ValueError(f"not in {WEIGHTS}")
-    if list(stored.shape) != record.shape or encode(stored.dtype)["dtype"] != record.dtype:
-        found = f"{tuple(stored.shape)} {stored.dtype}"
-        raise ValueError(f"{WEIGHTS} has {found}, expected {tuple(record.shape)} torch.{record.dtype}")
+def _restore_tensor(record: TensorRecord, stored: Tensor) -> Tensor:
     if record.strides is not None:
-        if not _dense(record.shape, record.strides):
-            raise ValueError(f"strides {record.strides} do not cover the shape {record.shape}")
-        stored = torch.empty_strided(record.shape, record.strides, dtype=stored.dtype).copy_(stored)
+        if not _dense(list(stored.shape), record.strides):
+            raise ValueError(f"strides {record.strides} do not cover the shape {tuple(stored.shape)}")
+        stored = torch.empty_strided(stored.shape, record.strides, dtype=stored.dtype, device=stored.device).copy_(
+            stored
+        )
     return nn.Parameter(stored, record.requires_grad) if record.kind == "parameter" else stored
 
 
@@ -171,74 +239,87 @@ def _place_tensor(owner: nn.Module, key: str, tensor: Tensor, record: TensorReco
         owner.register_buffer(key, tensor, persistent=record.persistent)
 
 
-def _check_complete(layers: Mapping[str, nn.Module], path: str) -> None:
-    for name, layer in layers.items():
-        for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if tensor.is_meta:
-                raise RunError(f"tensor '{name}.{key}' is not among the tensors", at=path, fix=REMEDY)
+def _check_complete(model: nn.Module, records: list[TensorRecord]) -> None:
+    """Raises ValueError where a layer has a tensor beside those that were given to it."""
+    listed = {record.name for record in records}
+    for name, _ in own_tensors(model):
+        if name not in listed:
+            raise ValueError(f"tensor {name!r} is not among the tensors")
 
 
-def _restore_graph(model: nn.Module, document: Document, path: str) -> fx.Graph:
+def _restore_graph(model: nn.Module, document: Document, known: Known) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     layers, tensors = leaf_modules(model), {record.name for record in document.tensors}
     for i, record in enumerate(document.nodes):
-        with _damage(path, f"nodes[{i}] {record.name!r}"):
-            target = _target(record, layers.keys(), tensors)
+        with _place(f"nodes[{i}] {record.name!r}"):
+            target = _target(record, known, layers.keys(), tensors)
             args = tuple(decode(value, nodes) for value in record.args)
             kwargs = {key: decode(value, nodes) for key, value in record.kwargs.items()}
             node = graph.create_node(record.op, target, args, kwargs, name=record.name)
             if node.name != record.name:
                 raise ValueError("this name is there twice")
-            node.meta = {key: decode(value) for key, value in record.meta.items()}
+            node.meta = {"module_path": record.path} if record.path is not None else {}
+            node.meta |= {"rank": record.rank} if record.rank is not None else {}
             nodes[node.name] = node
-    with _damage(path, "signature"):
-        graph.set_codegen(CallCodeGen(_restore_signature(document.signature, graph)))
-    graph._graph_namespace._used_names |= set(document.used_names.gone)
-    graph._graph_namespace._base_count = dict(document.used_names.counts)
+    with _place("names, inputs and outputs"):
+        graph.set_codegen(CallCodeGen(_restore_signature(document, graph)))
+    if used := document.used_names:
+        graph._graph_namespace._used_names |= set(used.gone)
+        graph._graph_namespace._base_count = dict(used.counts)
     return graph
 
 
-def _target(record: NodeRecord, layers: Collection[str], tensors: Collection[str]) -> Any:
+def _target(record: NodeRecord, known: Known, layers: Collection[str], tensors: Collection[str]) -> Any:
     if record.op == "call_function":
-        return decode_target(record.target)
+        return known.operator(record.target)
     if record.op in ("call_module", "get_attr"):
-        known = record.target in (layers if record.op == "call_module" else tensors)
+        found = record.target in (layers if record.op == "call_module" else tensors)
     else:
-        known = record.target.isidentifier()
-    if not known:
+        found = record.target.isidentifier()
+    if not found:
         raise ValueError(f"{record.target!r} is no name of a layer, tensor or input of this model")
     return record.target
 
 
-def _restore_signature(record: Signature, graph: fx.Graph) -> _PyTreeInfo:
-    in_spec, out_spec = specs.loads(record.inputs), specs.loads(record.outputs)
+def _restore_signature(document: Document, graph: fx.Graph) -> _PyTreeInfo:
+    inputs, outputs = decode_structure(document.inputs), decode_structure(document.outputs)
     ops = [node.op for node in graph.nodes]
     count = ops.count("placeholder")
     if ops[:count] != ["placeholder"] * count or ops.index("output") != len(ops) - 1:
         raise ValueError("inputs must come first and the one output last")
     results: Any = next(reversed(graph.nodes)).args[0]
-    if in_spec.num_leaves != count or out_spec.num_leaves != len(results):
+    if inputs.num_leaves != count or outputs.num_leaves != len(results):
         raise ValueError("inputs or outputs do not match their structure")
-    args, kwargs = in_spec.children()
-    if [*record.names[args.num_children :]] != list(kwargs.context):
+    check_signature(inputs, document.names)
+    return _PyTreeInfo(list(document.names), inputs, outputs)
+
+
+def check_signature(inputs: TreeSpec, names: list[str]) -> None:
+    """Raises ValueError where `inputs` is no (args, kwargs) of these names: torch writes the keys into code."""
+    args, kwargs = inputs.children()
+    if args.type is not tuple or kwargs.type is not dict:
+        raise ValueError("the inputs are no arguments")
+    if len(names) != args.num_children + kwargs.num_children or names[args.num_children :] != list(kwargs.context):
         raise ValueError("the argument names do not match their structure")
-    return _PyTreeInfo(list(record.names), in_spec, out_spec)
 
 
-def _restore_inputs(record: Example, path: Path) -> Inputs:
-    stored = _read_tensors(path)
-    leaves = [stored.pop(str(i)) if str(i) in stored else decode(leaf) for i, leaf in enumerate(record.leaves)]
+def _restore_inputs(document: Document, example: Mapping[str, Tensor] | None) -> Inputs:
+    stored = None if example is None else dict(example)
+    leaves = [_leaf(leaf, i, stored) for i, leaf in enumerate(document.example)]
     if stored:
-        raise ValueError(f"{path.name} holds {min(stored)!r}, which is no input")
-    args, kwargs = tree_unflatten(leaves, specs.loads(record.spec))
+        raise ValueError(f"the example holds {min(stored)!r}, which is no input")
+    args, kwargs = tree_unflatten(leaves, decode_structure(document.inputs))
     return Inputs(args, kwargs)
 
 
-def _set_training(model: nn.Module, records: list[ModuleRecord]) -> None:
-    for record in records:
-        module = model.get_submodule(record.name)
-        if record.cls is None:
-            module.training = record.training
-        else:
-            module.train(record.training)
+def _leaf(leaf: Any, index: int, stored: dict[str, Tensor] | None) -> Any:
+    if not (isinstance(leaf, dict) and "tensor" in leaf):
+        return decode(leaf)
+    if stored is not None:
+        return stored.pop(str(index))
+    dtype, shape = leaf["tensor"]
+    zeros = torch.zeros((), dtype=decode({"dtype": dtype})).expand(shape)
+    if zeros.numel() > _LARGEST:
+        raise ValueError(f"an input of shape {tuple(shape)}")
+    return zeros

@@ -1,69 +1,92 @@
-"""A captured model to `graph.json` and safetensors files."""
+"""A captured model to a document and its tensors."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils._pytree import tree_flatten
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..captured import CapturedModel, CaptureInfo
 from ..constructors import class_path, constructor, enclosing, leaf_modules
 from ..errors import ExportError
-from . import specs
 from .encoding import encode, encode_target
+from .files import check_names, digest, own_tensors, sync, write_tensors
 from .form import (
     GRAPH,
     INPUTS,
     WEIGHTS,
     Capture,
     Document,
-    Example,
     ModuleRecord,
     NodeRecord,
-    Signature,
     TensorRecord,
     UsedNames,
 )
+from .structure import encode_structure
 
 
-def save_state(model: CapturedModel, folder: str | Path) -> None:
-    """Write `model` into `folder`, which is made where it is missing. The same model always gives the same bytes.
+def save_state(model: CapturedModel, folder: str | Path) -> str:
+    """Write `model` into `folder`, which is made where it is missing; gives the `digest`. The same model always gives
+    the same bytes.
 
     Raises:
-        ExportError: a layer class or a value in the graph that cannot be stored; it names the node or class.
+        ExportError: a layer class, a name or a value in the graph that cannot be stored; the message says which.
     """
     target = Path(folder)
-    info: CaptureInfo = model.meta["capture"]
-    leaves, inputs_spec = tree_flatten((info.inputs.args, info.inputs.kwargs))
-    tensors, weights = _tensors(model)
-    document = Document(
-        format="surgery-state",
-        version=1,
-        capture=Capture(dynamic_batch=info.dynamic_batch, notes=list(info.notes), error=encode(info.error)),
-        meta=_plain_meta({k: v for k, v in model.meta.items() if k != "capture"}),
-        inputs=Example(
-            spec=specs.dumps(inputs_spec),
-            leaves=[None if isinstance(leaf, Tensor) else encode(leaf) for leaf in leaves],
-        ),
-        signature=_signature(model.graph),
-        used_names=_used_names(model.graph),
-        modules=list(_modules(model)),
-        tensors=tensors,
-        nodes=[_node(node) for node in model.graph.nodes],
-    )
+    document = document_of(model, used_names=_used_names(model.graph))
+    leaves, _ = tree_flatten((model.meta["capture"].inputs.args, model.meta["capture"].inputs.kwargs))
     target.mkdir(parents=True, exist_ok=True)
-    _save_tensors(weights, target / WEIGHTS)
-    example = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    _save_tensors(example, target / INPUTS)
+    write_tensors(weights_of(model), target / WEIGHTS)
+    write_tensors({str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}, target / INPUTS)
     (target / GRAPH).write_bytes(document.to_bytes())
-    _sync(target / GRAPH)
+    sync(target / GRAPH)
+    return str(digest(target))
+
+
+def document_of(model: CapturedModel, **fields: Any) -> Document:
+    """The document of `model`; `fields` are further ones of `Document`.
+
+    Raises:
+        ExportError: a layer class, a name or a value in the graph that cannot be stored; the message says which.
+    """
+    check_names([*weights_of(model), *(name for name, _ in model.named_modules(remove_duplicate=False))])
+    info: CaptureInfo = model.meta["capture"]
+    leaves, inputs = tree_flatten((info.inputs.args, info.inputs.kwargs))
+    names, outputs = _signature(model.graph)
+    return Document(
+        format="surgery-graph",
+        version=2,
+        capture=Capture(dynamic_batch=info.dynamic_batch, notes=list(info.notes), error=encode(info.error)),
+        meta=_plain_meta(model.meta),
+        names=names,
+        inputs=_structure(inputs),
+        outputs=_structure(outputs),
+        example=[_leaf(leaf) for leaf in leaves],
+        modules=list(_modules(model)),
+        tensors=list(_tensors(model)),
+        nodes=[_node(node) for node in model.graph.nodes],
+        **fields,
+    )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once, under its first name."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in named_tensors(model):
+        unique.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(unique.values())
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, under every name they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _modules(model: nn.Module) -> Iterator[ModuleRecord]:
@@ -82,34 +105,22 @@ def _modules(model: nn.Module) -> Iterator[ModuleRecord]:
         yield ModuleRecord(**common)
 
 
-def _tensors(model: nn.Module) -> tuple[list[TensorRecord], dict[str, Tensor]]:
-    """A record for every name of a parameter or buffer, and the tensors themselves once each."""
-    records: list[TensorRecord] = []
-    weights: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    for owner, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            name = f"{owner}.{key}" if owner else key
-            known = first.setdefault(id(tensor), name)
-            persistent = key not in module._non_persistent_buffers_set
-            records.append(_tensor_record(name, tensor, persistent, None if known == name else known))
-            weights.setdefault(known, tensor.detach())
-    return records, weights
-
-
-def _tensor_record(name: str, tensor: Tensor, persistent: bool, same_as: str | None) -> TensorRecord:
-    fields: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "dtype": encode(tensor.dtype)["dtype"]}
-    if isinstance(tensor, nn.Parameter):
-        fields |= {"kind": "parameter", "requires_grad": tensor.requires_grad}
-    else:
-        fields |= {"kind": "buffer", "persistent": persistent}
-    if same_as:
-        fields["same_as"] = same_as
-    elif not tensor.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        fields["strides"] = list(tensor.stride())
-    return TensorRecord(**fields)
+def _tensors(model: nn.Module) -> Iterator[TensorRecord]:
+    """A record for every name of a parameter or buffer."""
+    first = {id(tensor): name for name, tensor in reversed([*named_tensors(model)])}
+    for name, tensor in own_tensors(model):
+        fields: dict[str, Any] = {"name": name}
+        if isinstance(tensor, nn.Parameter):
+            fields |= {"requires_grad": tensor.requires_grad}
+        else:
+            owner, _, key = name.rpartition(".")
+            persistent = key not in model.get_submodule(owner)._non_persistent_buffers_set
+            fields |= {"kind": "buffer", "persistent": persistent}
+        if first[id(tensor)] != name:
+            fields["same_as"] = first[id(tensor)]
+        elif not tensor.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            fields["strides"] = list(tensor.stride())
+        yield TensorRecord(**fields)
 
 
 def _node(node: fx.Node) -> NodeRecord:
@@ -120,7 +131,8 @@ def _node(node: fx.Node) -> NodeRecord:
             target=encode_target(node.target) if node.op == "call_function" else str(node.target),
             args=[encode(value) for value in node.args],
             kwargs={key: encode(value) for key, value in node.kwargs.items()},
-            meta=_plain_meta(node.meta),
+            path=node.meta.get("module_path"),
+            rank=_ranks(node.meta.get("tensor_meta")),
         )
     except (TypeError, ValueError) as error:
         raise ExportError(
@@ -130,32 +142,44 @@ def _node(node: fx.Node) -> NodeRecord:
         ) from error
 
 
+def _ranks(meta: Any) -> Any:
+    """Dimensions of a result, a list for a tuple of results; None where it is no tensor."""
+    if isinstance(meta, TensorMetadata):
+        return len(meta.shape)
+    return [_ranks(part) for part in meta] if isinstance(meta, tuple | list) else None
+
+
+def _leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return {"tensor": [encode(leaf.dtype)["dtype"], list(leaf.shape)]}
+    return encode(leaf)
+
+
 def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `meta` is text, a number or None. Shapes are computed anew; stack traces name files of this machine."""
+    """What passes noted on the model, if it is text, a number or None."""
     kept = {key: value for key, value in meta.items() if isinstance(value, str | int | float | None)}
-    return {key: encode(value) for key, value in kept.items() if key != "stack_trace"}
+    return {key: encode(value) for key, value in kept.items()}
 
 
-def _signature(graph: fx.Graph) -> Signature:
+def _signature(graph: fx.Graph) -> tuple[list[str], TreeSpec]:
+    """Names of the arguments, and how the outputs are nested."""
     codegen = graph._codegen
     if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
         raise ExportError("the graph does not say how its inputs and outputs are nested", fix="capture the model")
-    info = codegen.pytree_info
-    assert info.out_spec is not None
-    return Signature(names=list(info.orig_args), inputs=specs.dumps(info.in_spec), outputs=specs.dumps(info.out_spec))
+    return list(codegen.pytree_info.orig_args), codegen.pytree_info.out_spec
+
+
+def _structure(spec: TreeSpec) -> Any:
+    try:
+        return encode_structure(spec)
+    except TypeError as error:
+        raise ExportError(
+            f"the structure of the model's inputs or outputs cannot be stored: {error}",
+            fix="use tuples, lists and dicts whose keys are strings or numbers",
+        ) from error
 
 
 def _used_names(graph: fx.Graph) -> UsedNames:
     namespace = graph._graph_namespace
     present = {node.name for node in graph.nodes}
     return UsedNames(gone=sorted(namespace._used_names - present), counts=dict(sorted(namespace._base_count.items())))
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.to("cpu").contiguous().clone() for name, tensor in tensors.items()}, str(path))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
