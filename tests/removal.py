@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 import surgery
 from surgery import CapturedModel, Channels, Inputs, capture, find_channels
 from surgery.captured import relative_error
+from surgery.channels.masking import masked_outputs
 from surgery.contract import snapshot
 from surgery.testing import randomise
-from surgery.testing.masking import masked_outputs
 
 BOUND = 1e-5
 

@@ -311,11 +311,11 @@ def test_a_budget_that_multiples_undershoot_is_noted():
     model, coarse = pruned("plain_cnn", macs=0.9, round_to=4)
     left = share("plain_cnn", model, "macs")
     assert left < 0.9 * 0.99
-    assert coarse.notes == (
+    assert coarse.notes[0] == (
         f"macs: {left:.3g} are left where 0.9 was asked for: what is left of a group is a multiple (round_to: 4); "
-        "`round_to: 1` comes nearest",
+        "`round_to: 1` comes nearest"
     )
-    assert pruned("deep", macs=0.5)[1].notes == ()
+    assert not any("macs" in note for note in pruned("deep", macs=0.5)[1].notes)
 
 
 def test_a_criterion_that_gives_no_tensors_is_named():

@@ -95,7 +95,8 @@ class PruneFilters(Pass):
             data.require_calibration(f"pass {self.name()} with reconstruct")
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
-        from .choosing import Choice, Start
+        from .choosing import Start
+        from .removal import Removal
 
         criterion = context.criterion(self.criterion or ("reconstruction" if context.has_calibration else "l2"))
         repairs = context.has_calibration if self.reconstruct is None else self.reconstruct
@@ -106,23 +107,24 @@ class PruneFilters(Pass):
         widths, skips, start = {side.layer: len(side.ids) for side in found.outputs}, _skips(found), Start.of(found)
         lost: Counter[str] = Counter()
         notes: list[str] = []
+        removal = Removal(self, model, context, criterion, start)
         for step in range(1, self.steps + 1):
-            found = found if step == 1 else context.channels(model, heads=self.heads)
-            choice = Choice(self, found, criterion, context, start, step / self.steps)
-            marks = choice.marks()
+            choice, marks = removal.step(step / self.steps)
             if self.steps == 1:
                 skips += [Skip(layer, why) for layer, why in choice.why_left([int(own.sum()) for own in marks])]
             if step == self.steps and (note := choice.note(marks)):
                 notes.append(note)
             if not any(bool(own.any()) for own in marks):
                 continue
-            lost += _lost(found, marks)
-            keep = _kept_of(keep, found.kept(marks)) if repairs else keep
-            found.remove(marks)
+            lost += _lost(choice.found, marks)
             if repairs:
+                keep = _kept_of(keep, choice.found.kept(marks))
                 repaired = self._repair(model, reference, keep, context)
+        skips += removal.skips()
         if repairs:
             skips += _not_solved(model)
+        if lost:
+            notes.append(removal.note())
         return PassReport((*_edits(widths, lost), *repaired), tuple(skips), tuple(notes))
 
     def _repair(self, model: CapturedModel, reference: CapturedModel, keep: Kept, context: Context) -> tuple[Edit, ...]:

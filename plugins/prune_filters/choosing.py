@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -36,18 +36,22 @@ ATTEMPTS = 8
 """To meet a budget of which units that have to be spared take some back."""
 
 
+Key = tuple[str, int]
+"""A group's name, and its number among those of this name."""
+
+
 @dataclass(frozen=True)
 class Start:
     """The model before the pass: output channels of its groups, by their names in order, and what it costs."""
 
-    channels: dict[tuple[str, int], int]
+    channels: dict[Key, int]
     costs: dict[str, float]
 
     @classmethod
     def of(cls, found: Channels) -> Start:
         alive = found.alive([torch.zeros(group.size, dtype=torch.bool) for group in found.groups])
         costs = {name: getattr(found.cost, name)(alive) for name in BUDGETS}
-        return cls({key: _channels(group) for key, group in _numbered(found)}, costs)
+        return cls({key: _channels(group) for key, group in numbered(found)}, costs)
 
     def is_now(self, found: Channels) -> bool:
         """Whether `found` has lost nothing yet."""
@@ -56,7 +60,7 @@ class Start:
     def gone(self, found: Channels) -> list[float]:
         """Units that each group of `found` has lost since. A fraction where units are others now, such as heads in
         place of the features of every head."""
-        pairs = [(group.size, _channels(group), self.channels.get(key)) for key, group in _numbered(found)]
+        pairs = [(group.size, _channels(group), self.channels.get(key)) for key, group in numbered(found)]
         return [size * max(0, (then or now) - now) / now for size, now, then in pairs]
 
 
@@ -64,7 +68,7 @@ def _channels(group: Group) -> int:
     return sum(len(member.positions) for member in group.of("output"))
 
 
-def _numbered(found: Channels) -> list[tuple[tuple[str, int], Group]]:
+def numbered(found: Channels) -> list[tuple[Key, Group]]:
     """Groups by name; those that begin at the same layer are numbered."""
     seen: Counter[str] = Counter()
     numbered = []
@@ -77,7 +81,7 @@ def _numbered(found: Channels) -> list[tuple[tuple[str, int], Group]]:
 @dataclass
 class Choice:
     """What `options` choose among the units of `found`, in order that `part` of all that is to go since `start` is
-    gone."""
+    gone; nothing of the groups in `wrong`, whose removal was tried and is wrong."""
 
     options: PruneFilters
     found: Channels
@@ -85,6 +89,7 @@ class Choice:
     context: Context
     start: Start
     part: float = 1.0
+    wrong: Collection[Key] = ()
 
     @cached_property
     def _gone(self) -> list[float]:
@@ -121,8 +126,8 @@ class Choice:
         """Groups that lose nothing, by the layer that they begin at, and why; `lost`: units that go, per group."""
         limits = Limits(self.options.min_width, self.options.round_to)
         found = []
-        for group, ratio, gone in zip(self.found.groups, self.ratios, lost, strict=True):
-            if gone:
+        for (key, group), ratio, gone in zip(numbered(self.found), self.ratios, lost, strict=True):
+            if gone or key in self.wrong:
                 continue
             if ratio == 0:
                 why = "left out by select, exclude or overrides"
@@ -172,8 +177,10 @@ class Choice:
         chosen = {layer.name for layer in self.options.selected(known)}
         self.options.check_patterns(known, "overrides")
         return [
-            self._ratio([owners[m.layer] for m in g.of("output") if m.layer in owners], chosen)
-            for g in self.found.groups
+            0.0
+            if key in self.wrong
+            else self._ratio([owners[m.layer] for m in g.of("output") if m.layer in owners], chosen)
+            for key, g in numbered(self.found)
         ]
 
     def _ratio(self, layers: Sequence[Layer], chosen: set[str]) -> float | None:
@@ -244,13 +251,14 @@ class Choice:
 
     def _unmet(self, budget: Budget, left: float) -> PassError:
         """Says how far it goes, and what keeps it from going further."""
-        out = sum(ratio is not None for ratio in self.ratios)
+        out = sum(ratio is not None for ratio in self.ratios) - len(self.wrong)
         stay = sum(frozen.channels for frozen in self.found.frozen)
         limits = [
             f"at least {self.options.min_width} of each group stays",
             f"what is left is a multiple ({self.options.round_to})" if self.options.round_to != 1 else "",
             f"{out} groups are left out or overridden" if out else "",
             f"{stay} channels have to stay" if stay else "",
+            f"{len(self.wrong)} groups stay, as their removal is wrong" if self.wrong else "",
         ]
         return PassError(
             f"{budget.name}: {budget.target:g} cannot be met, {left:.3g} is as far as it goes: "

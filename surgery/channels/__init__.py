@@ -5,7 +5,7 @@
     found.remove([marks of group 0, …])     slices every parameter and adapts the sizes in the graph
 
 Reading order: positions · values · call · movement, arithmetic, layers (what rules say) · trial · shrinking · rules ·
-shuffling · walk · groups · carriers · removal · analysis.
+shuffling · walk · groups · carriers · removal · analysis · masking.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .analysis import Channels, find_channels
 from .call import Call
 from .carriers import Carrier
 from .groups import Frozen, Group, Member
+from .masking import masking_bytes, remove_and_compare
 from .rules import ChannelRule
 from .shrinking import Shrinking
 from .values import Axis, Value
@@ -30,4 +31,6 @@ __all__ = [
     "Shrinking",
     "Value",
     "find_channels",
+    "masking_bytes",
+    "remove_and_compare",
 ]

@@ -36,13 +36,13 @@ from torch_pruning_worker import examine as examine_rival
 
 from surgery.captured import CapturedModel, capture, relative_error
 from surgery.channels import Channels, Frozen, find_channels
+from surgery.channels.masking import masked_outputs
 from surgery.context import Context
 from surgery.contract import snapshot
 from surgery.graph import propagate
 from surgery.measurement import measure
 from surgery.registry import Registry
 from surgery.testing import randomise
-from surgery.testing.masking import masked_outputs
 
 RATIO = 0.5
 TARGET = 0.45

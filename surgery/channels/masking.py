@@ -1,45 +1,92 @@
 """The oracle of channel removal: the model with the removed units' parameters set to zero computes the same.
 
-Normalisation over channels takes its statistics over the channels that are left; everything else runs as it was.
+Normalisation over channels takes its statistics over the channels that are left; everything else runs as it was. The
+rules say which parameters go and which sizes change with them, and the masked model keeps every size: where a rule is
+wrong about what moves where, the two differ.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from ..channels import Channels
-from ..graph import Recorder
+from ..captured import CapturedModel, relative_error
+from ..graph import Recorder, leaf_inputs, shape
 from ..inputs import Inputs
 from ..names import tensors
+from ..tracing import evaluating
 from ..vocabulary import arguments
+
+if TYPE_CHECKING:
+    from .analysis import Channels
+
+
+def remove_and_compare(found: Channels, removed: Sequence[Tensor], inputs: Inputs | None = None) -> float:
+    """Shrink the model in place, and how far it then is from the masked one: the largest difference on `inputs` (None =
+    the example), in parts of the largest output. `removed` as for `Channels.alive`."""
+    inputs = inputs or found.model.inputs
+    with _repeatable(found.model):
+        expected = masked_outputs(found, found.alive(removed), inputs)
+    found.remove(removed)
+    with _repeatable(found.model):
+        actual = fx.Interpreter(found.model).run(*leaf_inputs(inputs), enable_io_processing=False)
+    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
+    return max((relative_error(a, e) for a, e in pairs if isinstance(e, Tensor)), default=0.0)
+
+
+def masking_bytes(model: CapturedModel) -> int:
+    """What a comparison holds beside two runs of the example: the masked outputs, and one layer's masked weights."""
+    weights = [sum(t.nbytes for t in own.parameters(recurse=False)) for own in model.modules()]
+    outputs = [node for node in model.graph.output_node().all_input_nodes if "tensor_meta" in node.meta]
+    return max(weights, default=0) + sum(8 * torch.Size(shape(node)).numel() for node in outputs)
+
+
+@contextmanager
+def _repeatable(model: CapturedModel) -> Iterator[None]:
+    """Eval mode, and the same random numbers each time."""
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def masked_outputs(found: Channels, alive: Tensor, inputs: Inputs) -> list[Any]:
     """Flat outputs of the model that `found` is about when positions that are not `alive` are zero, not gone."""
-    masked = copy.deepcopy(found.model)
-    originals = tensors(found.model)
-    for name, tensor in tensors(masked).items():
-        for dim in range(tensor.ndim):
-            slot = found.walk.facts.positions.slots.get((id(originals[name]), dim))
-            if slot is not None and tensor.is_floating_point():
-                dead = torch.nonzero(~alive[slot.first : slot.first + slot.size]).reshape(-1)
-                with torch.no_grad():
-                    tensor.index_fill_(dim, dead.to(tensor.device), 0)
-    return list(_Masked(masked, found, alive).run_inputs(inputs))
+    return list(_Masked(found, alive).run_inputs(inputs))
 
 
 class _Masked(Recorder):
-    """Runs the masked model; what normalises over channels sees those that are left."""
+    """Runs the model with masked parameters, one layer's at a time; what normalises over channels sees those that are
+    left."""
 
-    def __init__(self, masked: fx.GraphModule, found: Channels, alive: Tensor) -> None:
-        super().__init__(masked)
+    def __init__(self, found: Channels, alive: Tensor) -> None:
+        super().__init__(found.model)
         self._values = {node.name: value for node, value in found.walk.values.items()}
-        self._alive = alive
+        self._slots, self._alive = found.walk.facts.positions.slots, alive
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._masked(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.submodules[target]
+        return functional_call(module, {name: self._masked(t) for name, t in tensors(module).items()}, args, kwargs)
+
+    def _masked(self, tensor: Tensor) -> Tensor:
+        """Itself where nothing of it goes."""
+        value = tensor.detach()
+        for dim in range(tensor.ndim if tensor.is_floating_point() else 0):
+            slot = self._slots.get((id(tensor), dim))
+            if slot is not None:
+                dead = torch.nonzero(~self._alive[slot.first : slot.first + slot.size]).reshape(-1)
+                value = value.index_fill(dim, dead.to(value.device), 0) if len(dead) else value
+        return value
 
     def see(self, node: fx.Node, value: Any) -> None:
         pass
