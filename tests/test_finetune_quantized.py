@@ -227,7 +227,9 @@ def test_a_model_of_few_bits_regains_its_accuracy_without_a_label(tmp_path):
     path, images = exported(after, tmp_path), digits()[0][:360]
     assert max(steps_apart(after, path, images)) <= 1
     with torch.no_grad():
-        assert torch.equal(session_outputs(path, images)[0].argmax(1), after(images).argmax(1))
+        scores = after(images)
+    chosen = scores.gather(1, session_outputs(path, images)[0].argmax(1, keepdim=True))
+    torch.testing.assert_close(chosen, scores.amax(1, keepdim=True))  # of so few values several may be the largest
 
 
 def test_zeros_stay_zero_and_shared_values_are_let_go():

@@ -47,7 +47,7 @@ class Values:
         self.users = {node: [user for user in node.users if user in self.alive] for node in self.alive}
         self.alias: dict[fx.Node, fx.Node] = {}
         self.bound: set[fx.Node] = {node for node in self.alive if node.op == "placeholder"}
-        self.output = next(iter(reversed(graph.nodes)))
+        self.output = graph.output_node()
         self.inline = {node for node in self.alive if node.op == "get_attr" or self._is_inline(node)}
         self.statements = [self._statement(node) for node in graph.nodes if self._is_statement(node)]
         for statement in self.statements:

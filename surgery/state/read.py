@@ -288,7 +288,7 @@ def _restore_signature(document: Document, graph: fx.Graph) -> _PyTreeInfo:
     count = ops.count("placeholder")
     if ops[:count] != ["placeholder"] * count or ops.index("output") != len(ops) - 1:
         raise ValueError("inputs must come first and the one output last")
-    results: Any = next(reversed(graph.nodes)).args[0]
+    results: Any = graph.output_node().args[0]
     if inputs.num_leaves != count or outputs.num_leaves != len(results):
         raise ValueError("inputs or outputs do not match their structure")
     check_signature(inputs, document.names)
