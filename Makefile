@@ -1,17 +1,18 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench grouped-bench widths deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench gpu gpu-bundle versions grouped-bench widths deep-compression kills composition clean
 
 install: $(STAMP)
 
 # torch first and alone: where the machine offers a CPU wheel of this version, nothing later pulls CUDA arrays in.
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" torch==$(TORCH)
 	touch $(STAMP)
 
 demo: install
@@ -27,6 +28,12 @@ test: install
 # every pass with several options on every network; `test` has passes of one plugin take turns, and options meet fewer networks
 contract: install
 	CONTRACT=all $(BIN)/python -m pytest -n 2 --dist worksteal -k contract
+
+# the suite on each supported torch, in a virtual environment of its own; gigabytes, where only CUDA builds are on offer
+versions:
+	$(MAKE) test VENV=.venv-2.11 TORCH=2.11.0
+	$(MAKE) test VENV=.venv-2.13 TORCH=2.13.0
+	$(MAKE) test VENV=.venv-2.14 TORCH=2.14.1
 
 lint: install
 	$(BIN)/ruff check .
@@ -94,6 +101,14 @@ kills: install
 # every ordered pair of passes on every network of the contract kit
 composition: install
 	$(BIN)/python tests/benchmarks/composition.py $(COMPOSE)
+
+# what a CUDA device does with all this, within 9 minutes: docs/gpu.md
+gpu: install
+	$(BIN)/python tests/benchmarks/gpu.py $(GPU)
+
+# what a bare machine with a device lacks, in one folder
+gpu-bundle: install
+	$(BIN)/python tests/benchmarks/gpu_bundle.py $(BUNDLE)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
