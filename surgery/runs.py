@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Pass
 from .recipe import Plan
-from .state import Containers, Known, load_state, save_state
+from .state import Containers, Known, digest, load_state, save_state
 from .state.form import GRAPH, INPUTS, WEIGHTS
 from .steps import StepResult
 
@@ -98,6 +99,7 @@ class RunFolder:
         self.work = path / _WORK
         """For what is not finished; gone when the run ends."""
         self._steps = path / "steps"
+        self._marker: dict[str, Any] = {}
 
     @classmethod
     @contextmanager
@@ -185,9 +187,8 @@ class RunFolder:
         return sorted(path for path in found if path.is_dir())
 
     def _claim(self, key: dict[str, Any], resume: bool) -> None:
-        keep_steps = resume
+        keep_steps, held = resume, self._held() or {}
         if self._check_ours():
-            held = self._held() or {}
             differing = [part for part in key if part != "steps" and held.get(part) != key[part]]
             same_so_far = {*differing} <= {"recipe", "plugins"} and self._begins_alike(held.get("steps"), key["steps"])
             if differing and self._worth_keeping() and not (same_so_far and resume):
@@ -196,7 +197,9 @@ class RunFolder:
             keep_steps = resume and (same_so_far or not differing)
         if not keep_steps:
             self._drop_steps()
-        self._write_marker(key)
+        states = held.get("states")
+        self._marker = key | {"states": states if keep_steps and isinstance(states, dict) else {}}
+        self._write_marker()
         self._steps.mkdir(exist_ok=True)
 
     def _worth_keeping(self) -> bool:
@@ -229,13 +232,10 @@ class RunFolder:
 
     def _drop_steps(self) -> None:
         for folder in self._step_folders():
-            _drop_state(folder)
-            for name in (_REPORT, _TIMES):
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+            _drop_step(folder)
 
-    def _write_marker(self, key: dict[str, Any]) -> None:
-        text = json.dumps(_FORM | key, indent=2, sort_keys=True) + "\n"
+    def _write_marker(self) -> None:
+        text = json.dumps(_FORM | self._marker, indent=2, sort_keys=True) + "\n"
         partial = self.path / _PARTIAL
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / _MARKER)
@@ -247,16 +247,21 @@ class RunFolder:
         return self.adopt(self.work / name)[0]
 
     def finished(self, names: Sequence[str]) -> list[StepResult]:
-        """The finished steps, the first of `names` onwards; states that nothing needs any more are dropped."""
-        results = []
-        for index, name in enumerate(names):
-            folder = self._folder(index, name)
-            if not folder.exists():
-                break
-            results.append(_result_from(folder))
+        """The finished steps, the first of `names` onwards; states that nothing needs any more are dropped, and steps
+        whose state, from which the run would go on, is not as it was written."""
+        folders = [self._folder(index, name) for index, name in enumerate(names)]
+        folders = [*takewhile(Path.exists, folders)]
+        intact = [self._is_intact(folder) for folder in (*folders[:1], *folders[-1:])]
+        whole = len(folders) if all(intact) else sum(intact[:1])
+        for folder in reversed(folders[whole:]):
+            _drop_step(folder)
+        results = [_result_from(folder) for folder in folders[:whole]]
         for index, name in enumerate(names[1 : max(1, len(results) - 1)], start=1):
             _drop_state(self._folder(index, name))
         return results
+
+    def _is_intact(self, folder: Path) -> bool:
+        return digest(folder) == self._marker["states"].get(folder.name, "")
 
     def state(self, index: int, name: str, known: Known, containers: Containers) -> CapturedModel:
         """The model as the finished step left it; see `load_state`."""
@@ -268,10 +273,11 @@ class RunFolder:
         partial = self.work / folder.name
         with writing(folder):
             partial.mkdir()
-            save_state(model, partial)
+            self._marker["states"][folder.name] = save_state(model, partial)
             _write_json(partial / _REPORT, result.to_dict())
             if times := result.times():
                 _write_json(partial / _TIMES, times)
+            self._write_marker()
             os.replace(partial, folder)
         if index > 1:
             for previous in self._step_folders():
@@ -288,6 +294,13 @@ class RunFolder:
 
     def _folder(self, index: int, name: str) -> Path:
         return self._steps / f"{index}-{name}"
+
+
+def _drop_step(folder: Path) -> None:
+    _drop_state(folder)
+    for name in (_REPORT, _TIMES):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _drop_state(folder: Path) -> None:

@@ -92,6 +92,17 @@ def test_resuming_a_finished_run_changes_nothing(net, inputs, tmp_path):
     assert files(tmp_path / "run") == first
 
 
+@pytest.mark.parametrize("step", ["0-capture", "2-jitter"])
+def test_a_state_that_is_not_as_it_was_written_is_run_again(step, net, inputs, tmp_path):
+    operate(net, inputs, "damp", "jitter", out=tmp_path / "run")
+    kept = files(tmp_path / "run")
+    graph = tmp_path / "run" / "steps" / step / "graph.json"
+    graph.write_text(graph.read_text().replace("aten.relu.default", "aten.tanh.default"))
+    assert files(tmp_path / "run") != kept
+    operate(net, inputs, "damp", "jitter", out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == kept
+
+
 def test_a_pass_that_fails_keeps_finished_steps_and_earlier_artifacts(net, inputs, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(PassError, match="ZeroDivisionError: by design") as caught:
