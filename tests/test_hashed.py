@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from surgery_plugins.hashed import Hashed
 from surgery_plugins.hashed.fitting import Layout, Problem
-from surgery_plugins.hashed.hashing import PRIME, constants, fifth_power, looked_up, places, sizes, summed
+from surgery_plugins.hashed.hashing import (
+    MOST_LINES,
+    P,
+    Q,
+    constants,
+    fifth_power,
+    looked_up,
+    number_of_values,
+    places,
+    sizes,
+    summed,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,15 +35,18 @@ SHAPES = st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple)
 
 def by_hand(drawn, shape, count):
     """Places of every position, in plain Python."""
-    a, s = drawn.tolist()
+    version, *primes, a, b, s, t = drawn.tolist()
+    assert (version, primes) == (2, [P, Q])
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
-    u = [pow(line + s, 5, PRIME) for line in range(rows + columns)]
-    return [a * u[i] * u[rows + j] % PRIME % (2 * count) for i in range(rows) for j in range(columns)]
+    u = [pow(1 + (line + s) % (P - 1), 5, P) for line in range(rows + columns)]
+    v = [pow(1 + (line + t) % (Q - 1), 5, Q) for line in range(rows + columns)]
+    xy = [(a * u[i] * u[rows + j] % P, b * v[i] * v[rows + j] % Q) for i in range(rows) for j in range(columns)]
+    return [(Q * x + y) % (2 * count) for x, y in xy]
 
 
 @given(SHAPES, st.integers(0, 2**70), st.text(max_size=8), st.integers(1, 50))
 def test_virtual_weights_are_those_of_plain_python(shape, seed, name, count):
-    drawn, values = constants(seed, name, shape), torch.randn(count)
+    drawn, values = constants(seed, name), torch.randn(count)
     found = places(drawn, shape, count)
     expected = by_hand(drawn, shape, count)
     assert found.tolist() == expected
@@ -38,45 +54,58 @@ def test_virtual_weights_are_those_of_plain_python(shape, seed, name, count):
     assert looked_up(values, found, shape).flatten().tolist() == weights
 
 
-@pytest.mark.parametrize("shape", [(3, PRIME - 4), (2**30, 2**30 - 2), (PRIME - 2, 1)])
-def test_no_product_of_the_hash_leaves_63_bits(shape):
-    for seed in range(20):
-        a, s = constants(seed, "layer", shape).tolist()
-        rows, columns = shape
-        for line in (0, rows - 1, rows, rows + columns - 1):
-            assert 1 <= line + s < PRIME
-            assert int(fifth_power(torch.tensor(line + s))) == pow(line + s, 5, PRIME) != 0
-        assert 1 <= a < PRIME
-    assert (PRIME - 1) ** 2 < 2**63
+def test_the_primes_are_the_largest_whose_products_have_31_bits():
+    primes = [n for n in range(40_000, 50_000) if all(n % d for d in range(2, 224))]
+    assert max(n for n in primes if (n - 1) ** 2 + n < 2**31 and gcd(5, n - 1) == 1) == P
+    assert max(n for n in primes if n < P and gcd(5, n - 1) == 1) == Q
+    assert Q * (P - 1) + Q - 1 < 2**31
+    assert MOST_LINES + P < 2**31
+
+
+@given(st.integers(0, P - 1))
+def test_fifth_powers_are_those_of_plain_python(x):
+    assert int(fifth_power(torch.tensor(x, dtype=torch.int32), torch.tensor(P, dtype=torch.int32))) == pow(x, 5, P)
 
 
 def test_the_constants_are_the_same_for_ever():
-    assert constants(0, "classifier", (10, 64)).tolist() == [1598326904, 1737981771]
-    drawn = {tuple(constants(seed, name, (10, 64)).tolist()) for seed in range(50) for name in ("a", "b")}
+    assert constants(0, "classifier").tolist() == [2, 46337, 46327, 25816, 35609, 4071, 17873]
+    drawn = {tuple(constants(seed, name).tolist()) for seed in range(50) for name in ("a", "b")}
     assert len(drawn) == 100
+
+
+def test_a_count_that_would_leave_one_half_of_the_hash_unused_is_one_less():
+    assert [number_of_values(0.5, 2 * count) for count in (Q - 1, Q, 3 * Q)] == [Q - 1, Q - 1, 3 * Q - 1]
+    assert number_of_values(0.001, 10) == 1
+
+
+def chi_square(classes, count):
+    """Standard normal by Wilson and Hilferty (1931), of numbers that should be uniform on 0 … count - 1."""
+    expected, freedom = classes.numel() / count, count - 1
+    statistic = float(((torch.bincount(classes.flatten(), minlength=count) - expected).square() / expected).sum())
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
 
 
 @pytest.mark.parametrize(("shape", "count"), [((512, 512), 16), ((64, 64, 3, 3), 4608), ((256, 1024), 4096)])
 def test_buckets_and_signs_are_uniform_and_unrelated_to_neighbours(shape, count):
+    """By chi-square, of all places and of pairs of neighbours in a row, a column and a diagonal."""
     scores = []
-    for seed in range(4):
-        found = places(constants(seed, "layer", shape), shape, count)
-        seen = torch.bincount(found, minlength=2 * count).double()
-        expected = len(found) / (2 * count)
-        chi = float(((seen - expected) ** 2 / expected).sum())
-        scores.append((chi - (2 * count - 1)) / (2 * (2 * count - 1)) ** 0.5)
-        signs = (found < count).double().mul(2).sub(1).view(shape[0], -1)
-        pairs = [signs, signs[1:] * signs[:-1], signs[:, 1:] * signs[:, :-1], signs[1:, 1:] * signs[:-1, :-1]]
-        scores += [float(pair.sum()) / pair.numel() ** 0.5 for pair in pairs]
-        equal = (found.view(shape[0], -1)[:, 1:] % count == found.view(shape[0], -1)[:, :-1] % count).double()
-        scores.append(float(equal.sum() - equal.numel() / count) / (equal.numel() / count) ** 0.5)
-    assert max(map(abs, scores)) < 4.5  # standard deviations; 24 of them
-    assert sum(score**2 for score in scores) / len(scores) < 2
+    for seed in range(6):
+        found = places(constants(seed, "layer"), shape, count).long().view(shape[0], -1)
+        few = found % count % 8 * 2 + (found < count)
+        scores += [
+            chi_square(found, 2 * count),
+            chi_square(found % count, count),
+            chi_square((found < count).long(), 2),
+        ]
+        pairs = [(few[1:], few[:-1]), (few[:, 1:], few[:, :-1]), (few[1:, 1:], few[:-1, :-1])]
+        scores += [chi_square(16 * a + b, 256) for a, b in pairs]
+    assert max(map(abs, scores)) < 4.5
+    assert sum(score**2 for score in scores) / len(scores) < 1.6
 
 
 def test_a_virtual_matrix_is_as_far_from_singular_as_a_random_one():
     shape, count = (256, 256), 64
-    virtual = looked_up(torch.randn(count).double(), places(constants(1, "layer", shape), shape, count), shape)
+    virtual = looked_up(torch.randn(count).double(), places(constants(1, "layer"), shape, count), shape)
     values, of_noise = (torch.linalg.svdvals(m / m.std()) for m in (virtual, torch.randn(shape).double()))
     torch.testing.assert_close(values[:200], of_noise[:200], rtol=0.08, atol=0)
     assert float(values[-1]) > 1e-4
@@ -84,7 +113,7 @@ def test_a_virtual_matrix_is_as_far_from_singular_as_a_random_one():
 
 @given(SHAPES, st.integers(1, 30), st.integers(0, 99))
 def test_summing_is_the_transpose_of_looking_up(shape, count, seed):
-    found = places(constants(seed, "layer", shape), shape, count)
+    found = places(constants(seed, "layer"), shape, count)
     values, weight = torch.randn(count).double(), torch.randn(shape).double()
     left = (looked_up(values, found, shape) * weight).sum()
     right = (values * summed(weight.flatten(), found, count)).sum()
@@ -94,7 +123,7 @@ def test_summing_is_the_transpose_of_looking_up(shape, count, seed):
 
 @given(SHAPES, st.integers(1, 30), st.integers(0, 99))
 def test_the_mean_of_a_bucket_is_the_least_squares_optimum(shape, count, seed):
-    found = places(constants(seed, "layer", shape), shape, count)
+    found = places(constants(seed, "layer"), shape, count)
     matrix = torch.randn(1, shape[0], torch.Size(shape[1:]).numel()).double()
     layout = Layout(found, tuple(matrix.shape), count)
     basis = torch.stack([looked_up(unit, found, (matrix.numel(),)) for unit in torch.eye(count).double()], 1)
@@ -112,7 +141,7 @@ def problem(groups=2, outputs=6, features=9, count=10, rows=400):
     scatter.add(torch.cat([x, y], 2))
     regression = surgery.Regression.of(scatter.finish(), features)
     shape = (groups * outputs, features)
-    return Problem(Layout(places(constants(3, "layer", shape), shape, count), weight.shape, count), regression, weight)
+    return Problem(Layout(places(constants(3, "layer"), shape, count), weight.shape, count), regression, weight)
 
 
 def test_conjugate_gradients_find_the_least_output_error():
@@ -185,13 +214,13 @@ def test_every_layer_gets_the_values_that_its_factor_says(net, data):
         state = result.state_dict()
         assert state[f"{edit.layer}.values"].shape == (count,) == (edit.numbers["values"],)
         drawn = state[f"{edit.layer}.hash"]
-        assert drawn.tolist() == constants(0, edit.layer, tuple(old.shape)).tolist()
+        assert drawn.tolist() == constants(0, edit.layer).tolist()
         m = by_hand(drawn, tuple(old.shape), count)
         both = torch.cat([state[f"{edit.layer}.values"], -state[f"{edit.layer}.values"]])
         torch.testing.assert_close(
             surgery.weight_of(layer_of(result, edit.layer)), both[m].view(old.shape), rtol=0, atol=0
         )
-        assert edit.numbers["bits_per_weight"] == pytest.approx((count * 4 + 16) * 8 / old.numel())
+        assert edit.numbers["bits_per_weight"] == pytest.approx((count * 4 + 28) * 8 / old.numel())
 
 
 def test_the_weight_error_is_that_of_the_weight(net):
@@ -259,7 +288,7 @@ def test_a_layer_too_large_for_its_covariance_goes_by_the_power_of_its_inputs(ne
     target = layer_of(net, "conv")
     power = torch.nn.functional.unfold(torch.cat(batches()), 3).square().mean((0, 2)).double()
     shape, count = (12, 3, 3, 3), report.edits[0].numbers["values"]
-    m = places(constants(0, "conv", shape), shape, count)
+    m = places(constants(0, "conv"), shape, count)
     weight = target.module.weight.detach().double().flatten()
     best = summed(weight * power.repeat(12), m, count)
     best /= torch.zeros(count).double().index_add_(0, m % count, power.repeat(12)).clamp_min(1e-9)

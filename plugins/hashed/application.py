@@ -15,15 +15,15 @@ import surgery
 from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip, Statistics
 
 from .fitting import Layout, Problem, fit_outputs
-from .hashing import PRIME, constants, lines, looked_up, places
+from .hashing import MOST_LINES, P, Q, constants, lines, looked_up, number_of_values, places
 
 if TYPE_CHECKING:
     from . import Hashed
 
 TENSORS = ("values", "hash")
 """What a hashed weight is computed from."""
-HASH_BYTES = 16
-"""Of a and s."""
+HASH_BYTES = 28
+"""Of its constants."""
 TYPES = ("Linear", *(f"Conv{kind}{rank}d" for kind in ("", "Transpose") for rank in (1, 2, 3)))
 
 
@@ -112,8 +112,8 @@ class Application:
                 skips.append(Skip(layer.name, why))
                 continue
             shape = _shape(layer)
-            drawn = constants(self.options.seed, layer.name, shape)
-            targets.append(Target(layer, drawn, max(1, round(self.options.factor * prod(shape)))))
+            drawn = constants(self.options.seed, layer.name)
+            targets.append(Target(layer, drawn, number_of_values(self.options.factor, prod(shape))))
         return targets, skips
 
     def _obstacle(self, layer: Layer) -> str | None:
@@ -131,10 +131,10 @@ class Application:
         size, itemsize = prod(shape), layer.module.weight.element_size()  # type: ignore[operator]
         if size < self.options.min_weights:
             return f"{size} weights, fewer than min_weights: {self.options.min_weights}"
-        count = max(1, round(self.options.factor * size))
+        count = number_of_values(self.options.factor, size)
         if count * itemsize + HASH_BYTES >= size * itemsize:
             return f"too small to gain: {count} values and the hash take no less than {size} weights"
-        if lines(shape) >= PRIME or 2 * count >= PRIME:
+        if lines(shape) >= MOST_LINES or 2 * count >= P * Q:
             return f"too large for the hash: {size} weights"
         return None
 

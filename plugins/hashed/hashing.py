@@ -1,13 +1,15 @@
-"""Where a virtual weight finds its value: integers below 2⁶³, sums, products and remainders.
+"""Where a virtual weight finds its value: integers below 2³¹, sums, products and remainders.
 
     V_ij = ξ(i, j) w_h(i, j)                  Chen et al. 2015 (arXiv:1504.04788), equations 3 to 8, i < R rows, j < C
-    c_ij = a u_i u_(R + j) mod p              a code of the position, uniform on 1 … p - 1;   u_l = (l + s)⁵ mod p
-    m_ij = c_ij mod 2K,   h = m_ij mod K,   ξ = 1 where m_ij < K, else -1:     V_ij = (w, -w)[m_ij]
+    x_ij = a u_i u_(R + j) mod p              uniform on 1 … p - 1;   u_l = (1 + (l + s) mod (p - 1))⁵ mod p
+    y_ij = b v_i v_(R + j) mod q              the same with q, b and t in place of p, a and s
+    m_ij = (q x_ij + y_ij) mod 2K,   h = m_ij mod K,   ξ = 1 where m_ij < K, else -1:     V_ij = (w, -w)[m_ij]
 
-Bucket and sign are the two parts of one number that is uniform on 0 … 2K - 1, so that they are independent. Rows and
-columns are numbered on, l = 0 … R + C - 1, and s is such that no l + s is 0 modulo p = 2³¹ - 1. Their fifth power
-permutes the numbers modulo p (5 does not divide p - 1) and leaves neighbours no multiples of a common step; it is taken
-per row and per column, so that a position costs one product and two remainders.
+Bucket and sign are the two parts of one number that is uniform on 0 … 2K - 1, so that they are independent. The primes
+p > q are the largest whose products stay below 2³¹, so that runtimes that hold integers in 32 bits, or in doubles,
+compute the same. Rows and columns are numbered on, l = 0 … R + C - 1; their fifth power permutes the numbers modulo p
+and q (5 divides neither p - 1 nor q - 1) and leaves neighbours no multiples of a common step; it is taken per row and
+per column, so that a position costs two products and three remainders.
 """
 
 from __future__ import annotations
@@ -18,34 +20,48 @@ from math import prod
 import torch
 from torch import Tensor
 
-PRIME = 2**31 - 1
+VERSION = 2
+"""Of the hash, the first of a layer's constants. Version 1 took one product modulo 2³¹ - 1, in 64 bits."""
+P, Q = 46337, 46327
+MOST_LINES = 2**30
+"""Rows and columns together; u and v repeat after lcm(p - 1, q - 1) = 1.07e9 of them."""
 
 
-def constants(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """a and s of a layer (2,), int64, from SHA-256 of seed and name: the same wherever and whenever they are drawn."""
+def constants(seed: int, name: str) -> Tensor:
+    """Version, p, q, a, b, s and t of a layer (7,), int32, from SHA-256 of seed and name: the same wherever drawn."""
     digest = sha256(f"{seed}:{name}".encode()).digest()
-    a, s = (int.from_bytes(part, "big") for part in (digest[:8], digest[8:16]))
-    return torch.tensor([1 + a % (PRIME - 1), 1 + s % (PRIME - lines(shape))])
+    a, b, s, t = (int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8))
+    drawn = [VERSION, P, Q, 1 + a % (P - 1), 1 + b % (Q - 1), s % (P - 1), t % (Q - 1)]
+    return torch.tensor(drawn, dtype=torch.int32)
 
 
 def lines(shape: tuple[int, ...]) -> int:
-    """R + C of a weight: its first dimension, and all others together. Below p."""
+    """R + C of a weight: its first dimension, and all others together."""
     return shape[0] + prod(shape[1:])
 
 
+def number_of_values(factor: float, size: int) -> int:
+    """K for `size` weights; no multiple of q, for m would know y alone."""
+    count = max(1, round(factor * size))
+    return count - (count % Q == 0)
+
+
 def places(constants: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
-    """m (R·C,), int32, of a weight of this shape with `count` values K, 2K ≤ p."""
-    a, s = constants[0], constants[1]
-    u = fifth_power(torch.arange(lines(shape), device=constants.device) + s)
-    codes = (a * u[: shape[0]] % PRIME).unsqueeze(1) * u[shape[0] :] % PRIME
-    found: Tensor = codes.to(torch.int32).flatten() % (2 * count)
+    """m (R·C,), int32, of a weight of this shape with `count` values K, 2K < p q."""
+    of_both = constants[1:].view(3, 2, 1)
+    primes, factors, starts = of_both[0], of_both[1], of_both[2]
+    numbers = torch.arange(lines(shape), dtype=torch.int32, device=constants.device)
+    u = fifth_power((numbers + starts) % (primes - 1) + 1, primes)  # (2, R + C)
+    rows, columns = factors * u[:, : shape[0]] % primes, u[:, shape[0] :]
+    xy = rows.unsqueeze(2) * columns.unsqueeze(1) % primes.unsqueeze(2)
+    found: Tensor = (Q * xy[0] + xy[1]).flatten() % (2 * count)
     return found
 
 
-def fifth_power(x: Tensor) -> Tensor:
+def fifth_power(x: Tensor, prime: Tensor) -> Tensor:
     """x⁵ mod p of x in 0 … p - 1."""
-    square = x * x % PRIME
-    power: Tensor = square * square % PRIME * x % PRIME
+    square = x * x % prime
+    power: Tensor = square * square % prime * x % prime
     return power
 
 

@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 from ..captured import relative_error
 from ..export.onnx import export_onnx
 from ..export.source import export_source
+from ..export.tensor_names import named_inputs
 from ..inputs import Inputs
 from ..loading import load
 from ..parity import parity
 from ..state import Known, load_state, save_state
+from .integers import wide_integers
 from .trial import Trial, assert_same_outputs, description, first_difference, flat_outputs, state_of
 
 _OPS = {"placeholder", "get_attr", "call_module", "call_function", "output"}
@@ -80,11 +82,13 @@ def exports_to_source(trial: Trial) -> None:
 
 
 def exports_to_onnx(trial: Trial) -> None:
-    """its ONNX file gives the same outputs in ONNX Runtime, within the bound of its number type"""
+    """its ONNX file gives the same outputs in ONNX Runtime, within the bound of its type; its integers fit 31 bits"""
     path = export_onnx(trial.after, trial.after.inputs, trial.folder / "model.onnx")
     proof = parity(trial.after, path, list(trial.batches()))
     where = f", first at {proof.first_divergence}" if proof.first_divergence else ""
     assert proof.passed, f"deviates by {proof.relative_error:.1e}, the bound is {proof.bound:g}{where}"
+    wide = wide_integers(path, named_inputs(trial.after, trial.after.inputs))
+    assert not wide, f"integers that need more than 31 bits, which not every runtime has: {wide}"
 
 
 def trains(trial: Trial) -> None:
