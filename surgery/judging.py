@@ -22,6 +22,8 @@ from .data import Data, pair_of
 from .errors import RecipeError
 from .export.onnx import OPSET, export_onnx
 from .export.runtime import runtime_session
+from .export.session_process import LARGE_FILE, file_bytes
+from .inputs import Inputs
 from .measurement import Latency, measure, seconds
 from .parity import bound_of
 from .recipe import Recipe
@@ -162,8 +164,18 @@ class Judge:
         if not self._rounds:
             return None
         self._progress("latency", 0, 1)
-        inputs = model.inputs
-        sessions = {id(m): runtime_session(self.file(m)) for m in (self.original, before, model)}
-        times = seconds({str(key): partial(session, inputs) for key, session in sessions.items()}, rounds=self._rounds)
+        files = {str(id(m)): self.file(m) for m in (self.original, before, model)}
+        times = self._times(files, model.inputs)
         original, previous, own = (times[str(id(m))] for m in (self.original, before, model))
         return StepLatency(Latency.of(original, original), Latency.of(original, own), Latency.of(previous, own))
+
+    def _times(self, files: Mapping[str, Path], inputs: Inputs) -> dict[str, list[float]]:
+        """In turn, round by round; files too large to be loaded together one after another."""
+        together = sum(map(file_bytes, files.values())) < LARGE_FILE
+        groups = [files] if together else [{key: file} for key, file in files.items()]
+        times: dict[str, list[float]] = {}
+        for group in groups:
+            calls = {key: partial(runtime_session(file), inputs) for key, file in group.items()}
+            times |= seconds(calls, rounds=self._rounds)
+            del calls  # its sessions, before the next ones are made
+        return times

@@ -35,17 +35,17 @@ def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
     if is_pack(Path(path)) or Path(path).suffix == ".surgery":
         return _load_pack(Path(path), limit_bytes)
     file = model_file(Path(path))
-    return _run(file.read_text(encoding="utf-8"), file)
+    return run_source(file.read_text(encoding="utf-8"), file)
 
 
 def _load_pack(path: Path, limit_bytes: int | None) -> nn.Module:
     from .packing.reading import Pack
 
     with Pack(path, limit_bytes=limit_bytes) as content:
-        return _run(content.source, path / "model.py", lambda module: module.build(dict(content.tensors())))
+        return run_source(content.source, path / "model.py", lambda module: module.build(dict(content.tensors())))
 
 
-def _run(text: str, file: Path, make: Callable[[Any], Any] = lambda module: module.load()) -> nn.Module:
+def run_source(text: str, file: Path, make: Callable[[Any], Any] = lambda module: module.load()) -> nn.Module:
     """The model that `make` has the source `text` make."""
     module = ModuleType(f"surgery_model_{file.stem}_{abs(hash(file.resolve())):x}")
     module.__file__ = str(file.resolve())

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from .deviation import Deviation
 from .divergence import Divergence, first_divergence
 from .errors import SurgeryError
 from .export.runtime import CPU, CUDA, runtime_session
+from .export.streaming import operators
 from .running import batches_of, running
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -122,6 +122,5 @@ def bound_of(model: nn.Module) -> float:
 
 def onnx_bound(model: nn.Module, path: Path, provider: str) -> float:
     """`bound_of` the model, wider for a file with quantised activations and on CUDA."""
-    graph = onnx.load(path, load_external_data=False).graph
-    quantised = any(node.op_type == "QuantizeLinear" for node in graph.node)
+    quantised = "QuantizeLinear" in operators(path)
     return max(bound_of(model), quantised * QUANTISED_BOUND) * (CUDA_FACTOR if provider == CUDA else 1)

@@ -169,10 +169,11 @@ class _Run:
         captured = capture(model, inputs)
         with writing(self.folder.work):
             save_state(captured, self.folder.work / "captured")
-        nested = partial(containers_of, captured)
-        original = load_state(self.folder.work / "captured", Known(self.registry, captured), nested)
+        notes, specs, known = captured.notes, containers_of(captured), Known(self.registry, captured)
+        del captured  # its weights need not be there twice
+        original = load_state(self.folder.work / "captured", known, lambda: specs)
         judge = self._judge(original)
-        results.append(StepResult("capture", PassReport(notes=captured.notes), judge.check_budget()))
+        results.append(StepResult("capture", PassReport(notes=notes), judge.check_budget()))
         self.folder.keep(0, original, results[0])
         return original, judge
 

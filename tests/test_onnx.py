@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    monkeypatch.setattr(exporting.ir, "save", full)
+    monkeypatch.setattr(exporting, "save", full)
     with pytest.raises(ExportError, match="No space left on device"):
         export_onnx(nn.Linear(3, 3), torch.randn(1, 3), path)
     assert [*tmp_path.iterdir()] == [path]

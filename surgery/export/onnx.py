@@ -32,6 +32,7 @@ from ..inputs import Inputs
 from ..names import tensors
 from ..precision import full_precision
 from ..tracing import evaluating, first_line, quiet, user_line
+from .streaming import save
 from .tensor_names import named_inputs, named_outputs, unique
 from .tidy import forget_inner_shapes, tidy
 
@@ -221,8 +222,12 @@ def _write(model: ir.Model, target: Path) -> None:
     data = f"{target.name}.data" if weights > MAX_PROTO_BYTES else None
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        ir.save(model, folder / target.name, external_data=data)
-        onnx.checker.check_model(folder / target.name, full_check=True)
+        if data:
+            ir.save(model, folder / target.name, external_data=data)
+            onnx.checker.check_model(folder / target.name, full_check=True)
+        else:  # the checker would read large weights several times
+            onnx.save(save(model, folder / target.name), folder / "outline.onnx")
+            onnx.checker.check_model(folder / "outline.onnx", full_check=True)
         for name in filter(None, (data, target.name)):
             os.replace(folder / name, target.parent / name)
     finally:

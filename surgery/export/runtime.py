@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import onnxruntime
 import torch
@@ -13,17 +14,19 @@ from torch import Tensor
 from ..errors import ExportError, InputError, ModelError
 from ..inputs import Inputs
 from ..tracing import first_line
+from .session_process import LARGE_FILE, SessionProcess, file_bytes
+from .session_worker import options_of
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 keeps 10 of float32's 23 mantissa bits
-_ERRORS_ONLY = 3
+Session: TypeAlias = onnxruntime.InferenceSession | SessionProcess
 
 
 class OnnxModel:
     """A session of ONNX Runtime, called with `Inputs` or flat tensors, by order or name; returns flat CPU tensors."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, path: Path) -> None:
+    def __init__(self, session: Session, path: Path) -> None:
         self.session, self.path = session, path
         self.input_names = [value.name for value in session.get_inputs()]
         self.output_names = [value.name for value in session.get_outputs()]
@@ -55,6 +58,8 @@ def runtime_session(
 ) -> OnnxModel:
     """Loads an ONNX file, or one held in memory, for `providers` (default: the CPU) with `threads` per operator.
 
+    A large file runs in a process of its own, see `session_process`.
+
     Raises:
         ModelError: there is no such file, or it is no ONNX model.
         ExportError: this ONNX Runtime has no such provider, or cannot run the model on it.
@@ -69,11 +74,7 @@ def runtime_session(
             f"ONNX Runtime has no {', '.join(sorted(missing))}", fix=f"one of {onnxruntime.get_available_providers()}"
         )
     try:
-        session = onnxruntime.InferenceSession(
-            path if isinstance(path, bytes) else str(path),
-            _options(threads),
-            providers=[(provider, _OPTIONS.get(provider, {})) for provider in wanted],
-        )
+        session = _session(path, [(provider, _OPTIONS.get(provider, {})) for provider in wanted], threads)
     except Exception as error:  # ONNX Runtime's classes derive from Exception alone
         raise _refused(name, error) from error
     if session.get_providers()[0] != wanted[0]:
@@ -81,12 +82,13 @@ def runtime_session(
     return OnnxModel(session, name)
 
 
-def _options(threads: int | None) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-    return options
+def _session(
+    path: str | os.PathLike[str] | bytes, providers: list[tuple[str, dict[str, str]]], threads: int | None
+) -> Session:
+    if not isinstance(path, bytes) and file_bytes(Path(path)) >= LARGE_FILE:
+        return SessionProcess(Path(path), providers, threads)
+    file = path if isinstance(path, bytes) else str(path)
+    return onnxruntime.InferenceSession(file, options_of(threads), providers=providers)
 
 
 def _refused(path: Path, error: Exception) -> ModelError | ExportError:

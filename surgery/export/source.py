@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
-from ..loading import load
+from ..loading import run_source
 from ..sizes import check_inputs, number_kind
 from ..state.files import write_tensors
 from ..state.write import named_tensors, weights_of
@@ -213,10 +213,10 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _check(model: CapturedModel, path: Path) -> None:
-    """Load what was written and compare it with the model; raises ExportError where they differ."""
+    """Build what was written, on the model's own weights, and compare the two; raises ExportError where they differ."""
     remedy = "report this with the model"
     try:
-        copy = load(path)
+        copy = run_source(path.read_text(encoding="utf-8"), path, lambda module: module.build(weights_of(model)))
         error = _deviation(model, copy)
     except (ModelError, RuntimeError, TypeError, NameError, AttributeError, IndexError) as problem:
         raise ExportError(f"the source written does not run: {problem}", fix=remedy) from problem

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -68,10 +70,16 @@ def forget_inner_shapes(graph: ir.Graph) -> None:
 
 
 def _make_contiguous(graph: ir.Graph) -> None:
-    """Folded transposes are views, for which there is no hash."""
+    """Folded transposes are views, for which there is no hash; they are laid out whenever their bytes are asked for."""
     for name, value in graph.initializers.items():
-        if isinstance(value.const_value, ir.Tensor) and not value.const_value.numpy().flags.c_contiguous:
-            value.const_value = ir.tensor(value.const_value.numpy().copy(order="C"), value.dtype, name=name)
+        held = value.const_value
+        if isinstance(held, ir.Tensor) and not held.numpy().flags.c_contiguous:
+            laid_out = partial(_laid_out, held)
+            value.const_value = ir.LazyTensor(laid_out, held.dtype, held.shape, name=name)
+
+
+def _laid_out(tensor: ir.Tensor[Any]) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().copy(order="C"), tensor.dtype, name=tensor.name)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -30,7 +30,7 @@ class Known:
 
     def __init__(self, registry: Registry | None = None, model: fx.GraphModule | None = None) -> None:
         """Those of `registry`, by default of all installed plugins, and those that `model`, which is at hand, has."""
-        self._registry, self._model = registry, model
+        self._registry, self._model = registry, [] if model is None else [*_described_by(model)]
 
     def operator(self, text: str) -> Callable[..., Any]:
         """The function that `encode_target` named; ValueError where it is none that a file may call."""
@@ -51,11 +51,12 @@ class Known:
         """What plugins describe, and what the model at hand has."""
         from ..registry import Registry
 
-        found: list[Any] = [*(self._registry or Registry.load()).channel_rules]
-        if self._model is not None:
-            found += [node.target for node in self._model.graph.nodes if node.op == "call_function"]
-            found += map(type, leaf_modules(self._model).values())
-        return dict(_named(found))
+        return dict(_named([*(self._registry or Registry.load()).channel_rules, *self._model]))
+
+
+def _described_by(model: fx.GraphModule) -> Iterable[Any]:
+    yield from (node.target for node in model.graph.nodes if node.op == "call_function")
+    yield from map(type, leaf_modules(model).values())
 
 
 def _named(found: Iterable[Any]) -> Iterable[tuple[str, Any]]:

@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
 from .form import DEEPEST, FILES, LONGEST_NAME, VERSION
 
 _READ = 1 << 20
+MAPPED = 64 * 2**20
+"""Bytes of a file that are mapped at a time; pages that were read count as memory until the file is closed."""
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -24,17 +27,53 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         OSError, SafetensorError: the file cannot be written.
     """
     check_names(tensors)
-    save_file({name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}, str(path))
+    seen: set[int] = set()
+    save_file({name: _alone(tensor.detach().to("cpu"), seen) for name, tensor in tensors.items()}, str(path))
     sync(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in memory of their own: those of `load_file` lie in the mapped file, at odd addresses.
+    """The tensors in memory of their own: in the mapped file they lie at odd addresses.
 
     Raises:
         FileNotFoundError, SafetensorError, ValueError, RuntimeError, OSError: there is no such file, or it is damaged.
     """
-    return {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
+    found: dict[str, Tensor] = {}
+    for names in _groups(path):
+        with safe_open(str(path), framework="pt") as file:
+            found |= {name: file.get_tensor(name).clone() for name in names}
+    return found
+
+
+def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor itself, or a copy where it has gaps or shares its memory with one before it: neither can be saved."""
+    place = tensor.untyped_storage().data_ptr()
+    fits = tensor.is_contiguous() and place not in seen
+    seen.add(place)
+    return tensor if fits else tensor.contiguous().clone()
+
+
+def _groups(path: Path) -> Iterator[list[str]]:
+    """Names of tensors that together take about `MAPPED` bytes."""
+    with safe_open(str(path), framework="pt") as file:
+        sizes = {name: _at_most(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    group, held = [], 0
+    for name, size in sizes.items():
+        group.append(name)
+        held += size
+        if held >= MAPPED:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _at_most(shape: list[int]) -> int:
+    """Bytes, as if of the longest common type."""
+    size = 8
+    for length in shape:
+        size *= length
+    return size
 
 
 def check_names(names: Iterable[str]) -> None:
