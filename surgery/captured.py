@@ -22,6 +22,7 @@ from .inputs import Inputs
 from .names import submodule, tensors
 from .precision import full_precision
 from .preparing import bake_parametrisations, private_copy, twin, unwrapped
+from .process import exclusive
 from .program import export
 from .raising import Raiser
 from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
@@ -124,6 +125,7 @@ class CapturedModel(fx.GraphModule):
 OTHER_SIZES = "give inputs as the example was, or capture the model with an example of this kind and size"
 
 
+@exclusive()
 @full_precision()
 def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     """A graph of `model` in eval mode whose layers keep their names, checked against the model itself.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .data import Data
+from .process import lent
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ class Context:
         """`function` called by the executor, or at once where there is none. It may run in another process: give a
         function of a module and arguments that can be pickled."""
         if self.executor is not None:
-            return self.executor.submit(function, *args, **kwargs)
+            return self.executor.submit(partial(lent, function), *args, **kwargs)
         future: Future[T] = Future()
         try:
             future.set_result(function(*args, **kwargs))

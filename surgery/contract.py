@@ -19,6 +19,7 @@ from .graph import leaf_inputs, propagate, remove_unused
 from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Edit, PassReport, Skip
+from .process import RANDOM, ProcessState
 from .reproduction import other_sizes
 from .tracing import first_line
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .data import Data
     from .passes import Pass
 
+ROLES = ("calibration", "evaluation", "training")
 AUTHOR = "its author has to mend it: see the contract in docs/plugins.md"
 
 
@@ -40,6 +42,19 @@ def snapshot(model: CapturedModel) -> CapturedModel:
     copied = copy.deepcopy(model, memo)
     copied.train(model.training)
     return copied
+
+
+def applied(step: Pass, model: CapturedModel, context: Context) -> PassReport:
+    """What `apply` reports, with the settings of the process as they were before. Data that are no list may draw random
+    numbers, as a DataLoader does for every loop."""
+    state = ProcessState()
+    try:
+        report = check_report(step, step.apply(model, context))
+    finally:
+        changed = state.restore()
+    loads = [role for role in ROLES if not isinstance(getattr(context.data, role), list | tuple | None)]
+    told = [setting for setting in changed if not (loads and setting.startswith(RANDOM))]
+    return report.with_restored(told, f"pass {step.name()}")
 
 
 def check_report(step: Pass, report: Any) -> PassReport:
@@ -92,7 +107,7 @@ def _watched(model: CapturedModel, context: Context) -> Iterator[tuple[str, Tens
     for what, watched in (("the model before the pass", model), ("the original", context.original)):
         yield from ((f"{name} of {what}", tensor) for name, tensor in tensors(watched).items())
     data: Data = context.data
-    for role in ("calibration", "evaluation", "training"):
+    for role in ROLES:
         batches = getattr(data, role)
         for number, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
             found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]

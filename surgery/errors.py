@@ -56,6 +56,10 @@ class RunError(SurgeryError):
     """A run folder is damaged, or belongs to another recipe, model or data."""
 
 
+class MemoryLimitError(SurgeryError):
+    """The machine has too little memory for what was asked for."""
+
+
 class PathError(SurgeryError):
     """A path that no file can have, or that cannot be reached."""
 

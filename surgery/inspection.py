@@ -18,6 +18,7 @@ from .errors import SurgeryError
 from .graph import Layer, layers, shape, sharing
 from .measurement import Measurement, measure
 from .passes import PassReport
+from .process import exclusive
 from .registry import Registry
 from .report import Table
 
@@ -119,6 +120,7 @@ def _channel_dim(layer: Layer) -> int:
     return -1 if layer.type == "Linear" else 1
 
 
+@exclusive()
 def inspect(
     model: nn.Module,
     example_inputs: Any,

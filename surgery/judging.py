@@ -26,6 +26,7 @@ from .export.session_process import LARGE_FILE, file_bytes
 from .inputs import Inputs
 from .measurement import Latency, measure, seconds
 from .parity import bound_of
+from .process import RANDOM, ProcessState
 from .recipe import Recipe
 from .steps import Standing, StepLatency
 from .verification import Verification, verify
@@ -49,6 +50,7 @@ class Judge:
         self._rounds, self._metadata, self._progress = rounds, metadata, progress
         self._files: list[tuple[CapturedModel, Path]] = []
         self._written = 0
+        self._restored: dict[str, None] = {}
 
     def file(self, model: CapturedModel) -> Path:
         """The model's ONNX file, written when it is first asked for; `original.onnx` or `model.onnx` by name."""
@@ -137,15 +139,26 @@ class Judge:
         batches = self._batches()
         if first_batch_only:
             batches = islice(batches, 1)
-        return verify(
-            self.original,
-            model,
-            batches,
-            onnx=self.file(model),
-            budget=self._recipe.budget,
-            labelled=labelled,
-            metric=data.metric,
-        )
+        file, state = self.file(model), ProcessState()
+        try:
+            return verify(
+                self.original,
+                model,
+                batches,
+                onnx=file,
+                budget=self._recipe.budget,
+                labelled=labelled,
+                metric=data.metric,
+            )
+        finally:
+            changed = state.restore()
+            self._restored |= dict.fromkeys(name for name in changed if not name.startswith(RANDOM))
+
+    def restored(self) -> tuple[str, ...]:
+        """What the user's data and metric have changed of the process since this was last asked, and was put back.
+        Random numbers aside, which loaders draw."""
+        found, self._restored = tuple(self._restored), {}
+        return found
 
     def _batches(self) -> Iterator[Any]:
         """What models are judged on, each batch checked against the example inputs; with labels where there are any."""

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import InputError
 from .inputs import Inputs
 from .names import tensors
+from .process import exclusive
 from .tracing import evaluating
 
 
@@ -63,6 +64,7 @@ class Latency:
         return cls(statistics.median(own), statistics.median(ratios), (low, high))
 
 
+@exclusive()
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     """Counts parameters, bytes and MACs of `model` on one sample of `example_inputs`.
 

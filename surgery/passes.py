@@ -8,7 +8,7 @@ A pass edits the snapshot it is handed; the model before it stays as it was, so 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, floor
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, final
@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from .errors import CrashError, PassError, PluginError, RecipeError, SurgeryError, did_you_mean
 from .named import Named
 from .precision import full_precision
+from .process import exclusive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,13 @@ class PassReport:
     @property
     def modified(self) -> bool:
         return bool(self.edits)
+
+    def with_restored(self, settings: Sequence[str], who: str) -> PassReport:
+        """With a note of what `who` changed of the whole process's settings, and we put back."""
+        if not settings:
+            return self
+        note = f"{who} changed what belongs to the whole process: {', '.join(settings)}; it was put back"
+        return replace(self, notes=(*self.notes, note))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +191,7 @@ class Pass(Named, ABC):
                     )
 
     @final
+    @exclusive()
     @full_precision()
     def __call__(self, model: CapturedModel, context: Context) -> tuple[CapturedModel, PassReport]:
         """Run the pass under the contract: the edited copy and its report. `model` is not changed.
@@ -200,7 +209,7 @@ class Pass(Named, ABC):
             self.check_data(context.data, context.plugins)
             edited = contract.snapshot(model)
             watch = contract.Watch(model, context)
-            report = contract.check_report(self, self.apply(edited, context))
+            report = contract.applied(self, edited, context)
             watch.check(self)
             contract.check_result(self, model, edited, report)
         except SurgeryError:

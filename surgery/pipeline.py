@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from .passes import Pass, PassReport
 from .paths import path_from
 from .precision import full_precision
 from .preparing import unwrapped
+from .process import exclusive
 from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .running import check_device
@@ -85,7 +86,6 @@ class Operation:
         return {"original": found.original, "result": found.result} if found else {}
 
 
-@full_precision()
 def operate(
     model: nn.Module,
     example_inputs: Any,
@@ -120,7 +120,11 @@ def operate(
     inputs, given = Inputs.of(model, example_inputs), Data.of(data)
     for step in plan.steps:
         step.check_data(given, plugins)
-    with _folder(out) as folder, RunFolder.claimed(folder, run_key(plan, model, inputs), resume=resume) as run:
+    with ExitStack() as stack:
+        folder = stack.enter_context(_folder(out))
+        run = stack.enter_context(RunFolder.claimed(folder, run_key(plan, model, inputs), resume=resume))
+        stack.enter_context(exclusive())  # later than the folder: who finds that taken does not wait
+        stack.enter_context(full_precision())
         surgeon = _Run(run, plan, given, plugins, device, latency_rounds, progress, executor)
         operation = surgeon.operate(model, inputs)
         operation = replace(operation, folder=None if out is None else folder)
@@ -173,7 +177,9 @@ class _Run:
         del captured  # its weights need not be there twice
         original = load_state(self.folder.work / "captured", known, lambda: specs)
         judge = self._judge(original)
-        results.append(StepResult("capture", PassReport(notes=notes), judge.check_budget()))
+        standing = judge.check_budget()
+        report = PassReport(notes=notes).with_restored(judge.restored(), "the evaluation")
+        results.append(StepResult("capture", report, standing))
         self.folder.keep(0, original, results[0])
         return original, judge
 
@@ -237,7 +243,8 @@ class _Run:
         result, report = step(model, context)
         if not report.modified:
             return model, report, judge.unchanged(model, standing)
-        return result, report, judge.operated(result, before=model)
+        reached = judge.operated(result, before=model)
+        return result, report.with_restored(judge.restored(), "the evaluation"), reached
 
     def _write_files(self, original: CapturedModel, result: CapturedModel, judge: Judge) -> dict[str, Path]:
         lock = yaml.safe_dump(self.plan.lock, sort_keys=False, allow_unicode=True)

@@ -19,9 +19,11 @@ from .export.runtime import runtime_session
 from .export.tensor_names import named_outputs
 from .inputs import Inputs
 from .measurement import Latency, latency
+from .process import exclusive
 from .tracing import evaluating
 
 
+@exclusive()
 def onnx_latency(
     contestants: Mapping[str, nn.Module], example_inputs: Any, *, rounds: int = 30, threads: int | None = None
 ) -> dict[str, Latency]:

@@ -23,6 +23,7 @@ from .export.onnx import export_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
 from .parity import CUDA_FACTOR, Contest, OnnxContest, Parity, bound_of
+from .process import exclusive
 from .running import Model, Run, batch_size, batches_of, running
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Verification:
         )
 
 
+@exclusive()
 def verify(
     reference: Model | str | os.PathLike[str],
     candidate: Model | str | os.PathLike[str],

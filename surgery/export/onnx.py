@@ -31,6 +31,7 @@ from ..errors import ExportError, ModelError
 from ..inputs import Inputs
 from ..names import tensors
 from ..precision import full_precision
+from ..process import exclusive
 from ..tracing import evaluating, first_line, quiet, user_line
 from .streaming import save
 from .tensor_names import named_inputs, named_outputs, unique
@@ -54,6 +55,7 @@ class OnnxTrace:
     """The arguments it was traced with."""
 
 
+@exclusive()
 @full_precision()
 def export_onnx(
     model: nn.Module,

@@ -24,6 +24,7 @@ from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
 from ..loading import run_source
+from ..process import exclusive
 from ..sizes import check_inputs, number_kind
 from ..state.files import write_tensors
 from ..state.write import named_tensors, weights_of
@@ -46,6 +47,7 @@ def build(tensors: dict[str, Tensor]) -> Model:
 '''
 
 
+@exclusive()
 def export_source(
     model: CapturedModel, folder: str | Path, *, name: str = "model", header: Mapping[str, str] | None = None
 ) -> tuple[Path, Path]:
