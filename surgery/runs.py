@@ -261,7 +261,7 @@ class RunFolder:
         return results
 
     def _is_intact(self, folder: Path) -> bool:
-        return digest(folder) == self._marker["states"].get(folder.name, "")
+        return bool(digest(folder) == self._marker["states"].get(folder.name, ""))
 
     def state(self, index: int, name: str, known: Known, containers: Containers) -> CapturedModel:
         """The model as the finished step left it; see `load_state`."""
