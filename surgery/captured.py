@@ -29,6 +29,7 @@ from .reproduction import RELATIVE_BOUND as RELATIVE_BOUND
 from .reproduction import Known, another_sample, at_another_batch, compare, forward, known, on_other_numbers
 from .reproduction import relative_error as relative_error
 from .sizes import Expected, check_inputs, expected_inputs
+from .soundness import denormal
 from .tracing import evaluating, uncollected
 
 
@@ -134,7 +135,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     batch size stays free where the model allows it. `model` is not changed, the result holds a copy of its weights.
 
     Raises:
-        ModelError: it is no module, or its weights are on the meta device.
+        ModelError: it is no module, or holds what no pass can work on, such as NaN, sparse or quantised weights.
         InputError: the inputs do not fit the signature, are empty, or hold NaN.
         CaptureError: the model fails on the inputs, changes them, is random, has control flow that depends on values,
             or its graph does not reproduce it; the message names the line of user code and what to try.
@@ -147,7 +148,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         notes = bake_parametrisations(private)
         captured, error, why_fixed = _reproduced(private, inputs)
         notes += [f"batch size fixed at {inputs.batch_size}: {why_fixed}"] if why_fixed else []
-        notes += _fixed_arguments(model, inputs) + _dropped(private, captured)
+        notes += _fixed_arguments(model, inputs) + _dropped(private, captured) + denormal(captured)
     captured.meta["capture"] = CaptureInfo(inputs, not why_fixed, tuple(notes), error)
     return captured
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError, ModelError
 from .names import tensors
+from .soundness import check_model
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _COMPUTING_HOOKS = ("WeightNorm", "SpectralNorm")
@@ -21,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and data-parallel wrappers.
 
     Raises:
-        ModelError: it is no module, or its weights have no values.
+        ModelError: it is no module, or `check_model` has a reason.
         CaptureError: TorchScript, which has no Python to follow.
     """
     if not isinstance(model, nn.Module):
@@ -33,11 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = model.get_submodule(inner)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(f"{type(model).__name__} is TorchScript", fix="give the Python model it was made from")
-    if empty := next((name for name, tensor in tensors(model).items() if tensor.is_meta), None):
-        raise ModelError(
-            f"{empty} is on the meta device, it has no values",
-            fix="`model.to_empty(device='cpu')`, then load its weights",
-        )
+    check_model(model)
     return model
 
 
