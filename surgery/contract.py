@@ -6,6 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .captured import CapturedModel, relative_error
 from .errors import PassError, PluginError, SurgeryError
-from .graph import leaf_inputs, propagate, remove_unused
+from .graph import Layer, layers, leaf_inputs, propagate, remove_unused
 from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Edit, PassReport, Skip
@@ -80,6 +81,28 @@ def check_report(step: Pass, report: Any) -> PassReport:
                     fix=AUTHOR,
                 )
     return report
+
+
+def with_silent(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> PassReport:
+    """The report with a skip for every layer that `select` names and that was left as it was without a word."""
+    if not step.select:
+        return report
+    told = {edit.layer for edit in report.edits} | {skip.layer for skip in report.skips}
+    now = {layer.name: layer for layer in layers(after)}
+    left = [x for x in step.selected(layers(before)) if x.name not in told and _is_left(x, now.get(x.name))]
+    why = f"{step.name()} finds nothing to change in it"
+    return replace(report, skips=(*report.skips, *(Skip(x.name, f"{why} ({x.type})") for x in left)))
+
+
+def _is_left(layer: Layer, now: Layer | None) -> bool:
+    """Whether the layer has the very same tensors as before."""
+    if now is None or layer.computed or now.computed:
+        return now is not None and layer.computed == now.computed
+    return [*map(id, _own(layer))] == [*map(id, _own(now))]
+
+
+def _own(layer: Layer) -> list[Tensor]:
+    return [*layer.module.parameters(), *layer.module.buffers()]
 
 
 class Watch:

@@ -58,7 +58,9 @@ def pair_of(batch: Any, place: str) -> tuple[Any, Any]:
     """
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise InputError(f"the batch is {type(batch).__name__}, no pair", at=place, fix="give pairs (inputs, target)")
-    return batch[0], batch[1]
+    from .inputs import ordinary
+
+    return batch[0], ordinary(batch[1])
 
 
 def _repeatable(batches: Any, role: str) -> Iterable[Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -80,6 +82,15 @@ def matches(layer: Layer, pattern: str) -> bool:
     parts = layer.name.split(".")
     names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(name, pattern) for name in (*names, layer.type))
+
+
+def could_match(layers: Iterable[Layer], pattern: str) -> bool:
+    """Whether `pattern` might select a layer that a pass makes of `layers`: one below the name of one of them, or of a
+    type of torch.nn."""
+    head = re.split(r"[*?[]", pattern)[0]
+    wild = head != pattern
+    below = [f"{layer.name}." for layer in layers]
+    return hasattr(nn, pattern) or any(head.startswith(b) or (wild and b.startswith(head)) for b in below)
 
 
 def sharing(model: fx.GraphModule, layer: Layer, computed: bool = False) -> str | None:

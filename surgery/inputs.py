@@ -96,6 +96,11 @@ class Inputs:
                 raise InputError(f"input {name} holds NaN or infinity", at=place, fix="remove or repair these samples")
 
 
+def ordinary(value: Any) -> Any:
+    """`value`, with tensors of inference mode, which no gradient may read, as copies that are none."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, value)
+
+
 def _keys(value: Any) -> str:
     return f"; given {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
 

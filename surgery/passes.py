@@ -109,6 +109,8 @@ class Pass(Named, ABC):
     """Traits after which this pass cannot run, each with the reason and the order that works."""
     strength: ClassVar[Mapping[str, float]] = {}
     """Options that say how much the pass does, each with the value at which it does least: `{"ratio": 0.0}`."""
+    patterns: ClassVar[tuple[str, ...]] = ("select", "exclude")
+    """Options that hold patterns on layers, as a list or as the keys of a mapping."""
 
     @property
     def partial(self) -> bool:
@@ -142,16 +144,16 @@ class Pass(Named, ABC):
         Parameters are shared with the model before the pass: replace them, never write into them.
         """
 
-    def selected(self, layers: Iterable[Layer]) -> list[Layer]:
-        """The layers that `select` and `exclude` leave, in order.
+    def nameable(self, model: CapturedModel) -> list[Layer]:
+        """What patterns may name: the layers of `model`. A pass that works on more adds it."""
+        from .graph import layers
 
-        Raises:
-            RecipeError: a pattern matches none of `layers`.
-        """
+        return layers(model)
+
+    def selected(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers that `select` and `exclude` leave, in order."""
         from .graph import matches
 
-        layers = list(layers)
-        self.check_patterns(layers, "select", "exclude")
         return [
             layer
             for layer in layers
@@ -176,14 +178,16 @@ class Pass(Named, ABC):
             )
         return weight
 
-    def check_patterns(self, layers: Iterable[Layer], *options: str) -> None:
-        """Raises RecipeError, with the nearest names, where a pattern in one of `options` matches none of `layers`."""
-        from .graph import matches
+    def check_patterns(self, layers: Iterable[Layer], *options: str, earlier: bool = False) -> None:
+        """Raises RecipeError, with the nearest names, where a pattern in one of `options` matches none of `layers`; if
+        that is asked of an `earlier` model, only where no layer that passes make of these could match either."""
+        from .graph import could_match, matches
 
         layers = list(layers)
         for option in options:
             for pattern in getattr(self, option):
-                if not any(matches(layer, pattern) for layer in layers):
+                known = any(matches(layer, pattern) for layer in layers)
+                if not known and not (earlier and could_match(layers, pattern)):
                     raise RecipeError(
                         f"{option}: {pattern!r} matches no layer{_close(pattern, layers)}",
                         at=f"pass {self.name()}",
@@ -207,11 +211,13 @@ class Pass(Named, ABC):
 
         try:
             self.check_data(context.data, context.plugins)
+            self.check_patterns(self.nameable(model), *self.patterns)
             edited = contract.snapshot(model)
             watch = contract.Watch(model, context)
             report = contract.applied(self, edited, context)
             watch.check(self)
             contract.check_result(self, model, edited, report)
+            report = contract.with_silent(self, model, edited, report)
         except SurgeryError:
             raise
         except (Exception, SystemExit) as error:

@@ -20,7 +20,7 @@ from .captured import CapturedModel, capture, nested_as
 from .context import Context, Progress, silent
 from .contract import snapshot
 from .data import Data
-from .errors import CrashError, ModelError, PassError, SurgeryError
+from .errors import CrashError, ModelError, PassError, RecipeError, SurgeryError
 from .export.source import export_source
 from .inputs import Inputs
 from .judging import Judge
@@ -35,6 +35,7 @@ from .recipe import OnBreak, Plan, plain, resolve
 from .registry import Registry
 from .running import check_device
 from .runs import RunFolder, run_key, writing
+from .soundness import check_outputs
 from .state import Known, containers_of, load_state, save_state
 from .steps import Outcome, Standing, StepResult
 from .verification import Verification
@@ -171,6 +172,7 @@ class _Run:
             original = self.folder.state(0, "capture", Known(self.registry), nested)
             return original, self._judge(original)
         captured = capture(model, inputs)
+        self._check_early(captured)
         with writing(self.folder.work):
             save_state(captured, self.folder.work / "captured")
         notes, specs, known = captured.notes, containers_of(captured), Known(self.registry, captured)
@@ -182,6 +184,15 @@ class _Run:
         results.append(StepResult("capture", report, standing))
         self.folder.keep(0, original, results[0])
         return original, judge
+
+    def _check_early(self, captured: CapturedModel) -> None:
+        """Raises what would otherwise come up after passes have run."""
+        check_outputs(captured)
+        for index, step in enumerate(self.plan.steps, start=1):
+            try:
+                step.check_patterns(step.nameable(captured), *step.patterns, earlier=index > 1)
+            except RecipeError as error:
+                raise _placed(error, index, len(self.plan.steps), step) from error
 
     def _judge(self, original: CapturedModel) -> Judge:
         return Judge(

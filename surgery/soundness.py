@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import ModelError
 from .names import tensors
@@ -24,6 +24,20 @@ def check_model(model: nn.Module) -> None:
     for name, tensor in tensors(model).items():
         _check_kind(name, tensor)
         _check_values(name, tensor, may_mask=name not in strict)
+
+
+def check_outputs(model: fx.GraphModule) -> None:
+    """Raises ModelError where a captured model takes or gives complex numbers, which ONNX has none of."""
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    outputs = next(iter(reversed(model.graph.nodes))).all_input_nodes
+    for what, way, nodes in (("input", "view_as_complex", inputs), ("output", "view_as_real", outputs)):
+        for number, node in enumerate(nodes):
+            kind = getattr(node.meta.get("tensor_meta"), "dtype", None)
+            if kind is not None and kind.is_complex:
+                raise ModelError(
+                    f"{what} {number} of the model ({node.name}) is complex, {str(kind).removeprefix('torch.')}",
+                    fix=f"ONNX and its runtimes have real numbers alone: use `torch.{way}` in the forward",
+                )
 
 
 def denormal(model: nn.Module) -> list[str]:
@@ -85,7 +99,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ModelError(f"{name} has no shape yet", fix="call the model once, which makes the weights of lazy layers")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         fix = "`full_tensor()` of every parameter" if type(tensor).__name__ == "DTensor" else _QUANTISED

@@ -19,7 +19,7 @@ from pydantic import Field
 from surgery import InputError, Pass, PassReport, hookimpl
 
 if TYPE_CHECKING:
-    from surgery import CapturedModel, Context, Data, Registry
+    from surgery import CapturedModel, Context, Data, Layer, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ class Finetune(Pass):
             raise InputError(f"pass {self.name()} with loss: {self.loss} needs labels and there are none", fix=FIX)
         if data.training is None and data.calibration is None:
             raise InputError(f"pass {self.name()} has no data to train on", fix=FIX)
+
+    def nameable(self, model: CapturedModel) -> list[Layer]:
+        from .parts import parts
+
+        return [part.layer for part in parts(model)]
 
     def apply(self, model: CapturedModel, context: Context) -> PassReport:
         from .training import Finetuning

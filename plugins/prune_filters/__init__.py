@@ -39,6 +39,7 @@ class PruneFilters(Pass):
     """
 
     idempotent: ClassVar[bool] = False
+    patterns: ClassVar[tuple[str, ...]] = ("select", "exclude", "overrides")
     strength: ClassVar[Mapping[str, float]] = {"ratio": 0.0, "macs": 1.0, "parameters": 1.0, "bytes": 1.0}
     refuses: ClassVar[Mapping[str, str]] = {
         "int8": "the weights are integers by then",

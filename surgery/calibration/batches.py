@@ -8,7 +8,7 @@ from typing import Any
 
 from ..captured import CapturedModel
 from ..errors import InputError
-from ..inputs import Inputs
+from ..inputs import Inputs, ordinary
 
 
 def checked_batches(model: CapturedModel, batches: Iterable[Any], samples: int | None = None) -> Iterator[Inputs]:
@@ -44,7 +44,7 @@ def checked_inputs(model: CapturedModel, batch: Any, place: str) -> Inputs:
         InputError: it does not fit the example the model was captured with, is empty, or holds NaN or infinity.
     """
     try:
-        inputs = _as_captured(model, Inputs.of(model, batch))
+        inputs = _as_captured(model, Inputs.of(model, batch).map(ordinary))
     except InputError as error:
         raise InputError(error.problem, at=place, fix=_FIX) from error
     _check_sizes(model, inputs, place)
