@@ -95,10 +95,11 @@ def with_silent(step: Pass, before: CapturedModel, after: CapturedModel, report:
 
 
 def _is_left(layer: Layer, now: Layer | None) -> bool:
-    """Whether the layer has the very same tensors as before."""
+    """Whether the layer has the same values as before."""
     if now is None or layer.computed or now.computed:
         return now is not None and layer.computed == now.computed
-    return [*map(id, _own(layer))] == [*map(id, _own(now))]
+    old, new = _own(layer), _own(now)
+    return len(old) == len(new) and all(a is b or _same(a, b) for a, b in zip(old, new, strict=True))
 
 
 def _own(layer: Layer) -> list[Tensor]:

@@ -11,7 +11,18 @@ from torch import fx, nn
 
 from surgery import RecipeError
 from surgery.captured import capture
-from surgery.graph import Layer, layers, leaf_inputs, matches, propagate, remove_unused, shape, sharing, tied
+from surgery.graph import (
+    Layer,
+    could_match,
+    layers,
+    leaf_inputs,
+    matches,
+    propagate,
+    remove_unused,
+    shape,
+    sharing,
+    tied,
+)
 from surgery.names import get_attribute, set_module, tensors
 from surgery.replacement import Operator, add_buffer, bypass, replace_layer
 from surgery.testing import NETWORKS
@@ -118,7 +129,24 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name():
     found = layers(NETWORKS["plain_cnn"].captured())
     step = Registry.load().passes["fold_batchnorm"](select=("Conv2",))
     with pytest.raises(RecipeError, match=r"select: 'Conv2' matches no layer \(did you mean .*Conv2d"):
-        step.selected(found)
+        step.check_patterns(found, *step.patterns)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("features.0.first", True),
+        ("features.0.*", True),
+        ("*.pointwise", True),
+        ("feat*", True),
+        ("Conv3d", True),
+        ("featurse.0", False),
+        ("features.1.*", False),
+        ("head", False),
+    ],
+)
+def test_what_passes_may_still_make_of_a_layer_could_match(pattern, expected):
+    assert could_match([Layer("features.0", nn.Linear(1, 1), ())], pattern) is expected
 
 
 def test_select_and_exclude_keep_the_order():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import ModelError
 from ..graph import layers
 from ..names import tensors
 from ..passes import Edit, PassReport, Skip
@@ -52,6 +53,17 @@ def edited_layers_can_be_excluded(trial: Trial) -> None:
         assert edit.layer not in {e.layer for e in report.edits}, f"exclude=({edit.layer!r},) does not exclude it"
 
 
+def what_select_names_is_told_of(trial: Trial) -> None:
+    """a layer that `select` names alone has an edit or a skip, unless the model is refused"""
+    told = {entry.layer for entry in _entries(trial.report)}
+    for layer in [layer for layer in layers(trial.before) if layer.name not in told][:1]:
+        try:
+            _, report = replace(trial.step, select=(layer.name,), exclude=())(trial.before, trial.context())
+        except ModelError:
+            return
+        assert layer.name in {entry.layer for entry in _entries(report)}, f"nothing is said of {layer.name!r}"
+
+
 def no_edit_changes_nothing(trial: Trial) -> None:
     """a pass that reports no edit leaves the outputs bit-identical"""
     if not trial.report.modified:
@@ -68,5 +80,6 @@ OUTCOME = (
     is_deterministic,
     is_idempotent,
     edited_layers_can_be_excluded,
+    what_select_names_is_told_of,
     no_edit_changes_nothing,
 )
