@@ -15,9 +15,18 @@ class SurgeryError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, *, at: str = "", fix: str = "") -> None:
+        problem, at, fix = map(_cut, (problem, at, fix))
         self.problem, self.at, self.fix = problem, at, fix
         lines = [problem, at and f"  at:  {at}", fix and f"  fix: {fix}"]
         super().__init__("\n".join(line for line in lines if line))
+
+
+LONGEST = 2000
+"""Characters of each part of an error; who gives a megabyte as a name need not read it again."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class CaptureError(SurgeryError):

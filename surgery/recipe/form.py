@@ -22,7 +22,7 @@ class Budget(BaseModel):
     A bound that cannot be measured (accuracy without labels) leaves the judgement to the others.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     accuracy: float | None = Field(None, ge=0, le=1, description="smallest accuracy; needs labelled evaluation data")
     accuracy_drop: float | None = Field(
@@ -44,7 +44,7 @@ class Recipe(BaseModel):
 
     name: Annotated[str, Field(min_length=1, description="shown in reports and written into artifacts")]
     description: str = Field("", description="when to use the recipe, and what it did on what")
-    seed: int = Field(0, ge=0, description="decides every random choice")
+    seed: int = Field(0, ge=0, le=2**62, description="decides every random choice")
     passes: Annotated[list[dict[str, Any]], Field(min_length=1)]
     budget: Budget = Field(default_factory=Budget)
     on_break: OnBreak = Field(

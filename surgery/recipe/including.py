@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, did_you_mean
+from ..paths import path_from
 from ..registry import Registry
 from .form import Recipe, validated
-from .yaml_data import load_yaml
+from .yaml_data import MOST_CHARACTERS, check_size, load_yaml, plain_parts, too_large
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,30 @@ def read(recipe: str | Path | Mapping[str, Any], registry: Registry, folder: Pat
         return Source(dict(recipe), f"recipe {recipe.get('name', 'given as a dict')!s}")
     if not isinstance(recipe, str | Path):
         raise RecipeError(f"the recipe is no mapping but {type(recipe).__name__}", fix="give a name, a path or a dict")
-    path = (folder or Path()) / recipe
+    if "\n" in str(recipe):
+        raise RecipeError(
+            "the recipe is a text of several lines", fix="give a name, a path or a dict: yaml.safe_load(text)"
+        )
+    path = path_from((folder or Path()) / path_from(recipe, "the recipe"), "the recipe")
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         text = registry.find_recipe(str(recipe)).read_text(encoding="utf-8")
         return Source(load_yaml(text, f"recipe {recipe}"), f"recipe {recipe}")
     try:
-        return Source(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path), path.parent)
+        return Source(load_yaml(_text(path), str(path)), str(path), path.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}", fix="check the path") from error
+
+
+def _text(path: Path) -> str:
+    """What the file holds. Devices and pipes, which may never end, are no files."""
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError("it is no file")
+    if path.stat().st_size > 4 * MOST_CHARACTERS:
+        raise too_large(f"a file of {path.stat().st_size:,} bytes", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+MOST_PASSES, DEEPEST_USE = 200, 16
 
 
 def expanded(source: Source, registry: Registry, users: Sequence[str] = ()) -> Any:
@@ -59,12 +76,15 @@ def expanded(source: Source, registry: Registry, users: Sequence[str] = ()) -> A
     raw = source.raw
     if not isinstance(raw, dict) or not isinstance(raw.get("passes"), list):
         return raw
+    check_size(raw, plain_parts, source.place)
     passes: list[Any] = []
     for index, item in enumerate(raw["passes"]):
         if isinstance(item, dict) and "use" in item:
             passes += _included(item, source, registry, (*users, source.place), f"{source.place}, passes.{index}")
         else:
             passes.append({item: {}} if isinstance(item, str) else item)
+        if len(passes) > MOST_PASSES:
+            raise too_large(f"more than {MOST_PASSES:,} passes, with those of the recipes it uses", source.place)
     return {**raw, "passes": passes}
 
 
@@ -79,6 +99,8 @@ def _included(
         other = read(item["use"], registry, source.folder)
     except RecipeError as error:
         raise RecipeError(error.problem, at=error.at or at, fix=error.fix) from error
+    if len(users) > DEEPEST_USE:
+        raise too_large(f"recipes that use each other deeper than {DEEPEST_USE}", at)
     if other.place in users:
         circle = " uses ".join([*users[users.index(other.place) :], other.place])
         raise RecipeError(f"recipes use each other in a circle: {circle}", at=at, fix="remove one `use:`")
@@ -194,5 +216,5 @@ def overrides_from(settings: Sequence[str]) -> dict[str, Any]:
 def _value(text: str, place: str) -> Any:
     try:
         return json.loads(text)  # 1e-4 is a number here, and a string in YAML
-    except ValueError:
+    except (RecursionError, ValueError):
         return load_yaml(text, place)

@@ -17,6 +17,7 @@ from ..registry import Registry
 from .form import OnBreak, Recipe, describe, validated
 from .including import expanded, overridden, read
 from .ordering import check_order
+from .yaml_data import check_size, plain_parts
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def resolve(
     """
     source = read(recipe, registry)
     raw = overridden(expanded(source, registry), overrides or {}, source.place)
+    check_size(raw, plain_parts, source.place)
     parsed = validated(raw, source.place)
     place = f"{source.place} with the passes it uses" if _uses_others(source.raw) else source.place
     built = [_build(i, entry, parsed, registry, place) for i, entry in enumerate(parsed.passes)]
