@@ -16,6 +16,8 @@ import click
 
 from . import __version__
 from .errors import BudgetError, SurgeryError
+from .paths import path_from
+from .process import memory_told
 from .terminal import print_result, progress_shown, range_in_words
 
 if TYPE_CHECKING:
@@ -24,6 +26,16 @@ if TYPE_CHECKING:
 SPINS = "1000"
 """Rounds that OpenMP's threads wait for each other awake, before PyTorch sets it to hundreds of thousands: where others
 use the cores too, these rounds are most of the time."""
+
+
+class _PathType(click.ParamType):  # type: ignore[type-arg]
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return path_from(value, param.human_readable_name if param else "the path")
+
+
+PATH = _PathType()
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
@@ -45,9 +57,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="MODULE:FACTORY",
             help="Called without arguments; gives the model, or (model, example inputs).",
         ),
-        click.option(
-            "--weights", type=click.Path(path_type=Path), help=".safetensors, or a state dict saved by torch."
-        ),
+        click.option("--weights", type=PATH, help=".safetensors, or a state dict saved by torch."),
         click.option(
             "--input",
             "shapes",
@@ -75,9 +85,7 @@ def cli() -> None:
 @click.argument("recipe")
 @model_options
 @data_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for model, report and finished steps."
-)
+@click.option("--out", type=PATH, required=True, help="Folder for model, report and finished steps.")
 @click.option(
     "--set",
     "changes",
@@ -227,8 +235,8 @@ def show(name: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("reference", metavar="A", type=click.Path(path_type=Path))
-@click.argument("candidate", metavar="B", type=click.Path(path_type=Path))
+@click.argument("reference", metavar="A", type=PATH)
+@click.argument("candidate", metavar="B", type=PATH)
 @click.option(
     "--input",
     "shapes",
@@ -265,10 +273,8 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write; by default model.surgery beside the source."
-)
+@click.argument("source", type=PATH)
+@click.option("--out", type=PATH, help="File to write; by default model.surgery beside the source.")
 @click.option("--codec", default="huffman", show_default=True, help="Entropy coder.")
 @as_json
 def pack(source: Path, out: Path | None, codec: str, as_json: bool) -> None:
@@ -286,8 +292,8 @@ def pack(source: Path, out: Path | None, codec: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=PATH)
+@click.argument("folder", type=PATH, required=False)
 @click.option("--list", "only_list", is_flag=True, help="Print what is in the pack, and write nothing.")
 @click.option(
     "--limit-bytes", type=int, help="What the content may take in memory; by default 1 GiB or 256 times the file."
@@ -346,7 +352,7 @@ def schema() -> None:
 @cli.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("runs/demo"),
     show_default=True,
     help="Folder for the result; an earlier demo in it is replaced.",
@@ -406,7 +412,8 @@ def main() -> None:
     """Entry point: errors with a remedy are printed without a traceback."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
-        cli(standalone_mode=False)
+        with memory_told():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

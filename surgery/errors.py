@@ -21,7 +21,7 @@ class SurgeryError(Exception):
         super().__init__("\n".join(line for line in lines if line))
 
 
-LONGEST = 2000
+LONGEST = 1000
 """Characters of each part of an error; who gives a megabyte as a name need not read it again."""
 
 

@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .paths import path_from
+from .process import memory_told
 
 _SHOWN = 5
 
 
+@memory_told()
 def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
     """The model of a run folder, of a `model.py` with its weights beside it, or of a pack; in eval mode, ready to train
     further.
@@ -32,9 +35,10 @@ def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
     """
     from .packing.container import is_pack
 
-    if is_pack(Path(path)) or Path(path).suffix == ".surgery":
-        return _load_pack(Path(path), limit_bytes)
-    file = model_file(Path(path))
+    place = path_from(path, "the model's path")
+    if is_pack(place) or place.suffix == ".surgery":
+        return _load_pack(place, limit_bytes)
+    file = model_file(place)
     return run_source(file.read_text(encoding="utf-8"), file)
 
 
@@ -95,6 +99,7 @@ def model_file(path: Path) -> Path:
     return file
 
 
+@memory_told()
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put the weights at `path` into `model`; on any error the model stays as it was.
 
@@ -104,7 +109,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ModelError: the file is missing, damaged or needs code to be read, names or shapes differ, or a weight is NaN.
     """
-    file = Path(path)
+    file = path_from(path, "the path of the weights")
     weights = _without_prefix(_state_dict(_read(file), file))
     _check_fit(model, weights, file)
     nan = [name for name, tensor in weights.items() if tensor.is_floating_point() and bool(tensor.isnan().any())]

@@ -20,6 +20,7 @@ def path_from(given: Any, what: str) -> Path:
         text = os.fspath(given)
         if not isinstance(text, str) or not text:
             raise ValueError("it is empty" if text == "" else "it is no text")
+        text.encode()  # libraries in other languages take no other names
         path = Path(text).expanduser()
         os.lstat(path)
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from .export.onnx import export_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
 from .parity import CUDA_FACTOR, Contest, OnnxContest, Parity, bound_of
+from .paths import path_from
 from .process import exclusive
 from .running import Model, Run, batch_size, batches_of, running
 
@@ -113,7 +114,7 @@ def verify(
         if isinstance(candidate, nn.Module):
             first = next(batches)
             batches = chain([first], batches)
-            file = Path(onnx) if onnx else _exported(candidate, first[0], stack)
+            file = path_from(onnx, "onnx") if onnx is not None else _exported(candidate, first[0], stack)
             contests = [(c, stack.enter_context(run)) for c, run in _contests(candidate, file, budget)]
         for number, (batch, target) in enumerate(batches):
             outputs = actual(batch)
@@ -130,11 +131,12 @@ def verify(
 def _loaded(model: Model | str | os.PathLike[str]) -> Model:
     if isinstance(model, nn.Module | OnnxModel):
         return model
-    if Path(model).suffix == ".onnx":
-        return runtime_session(model)
+    path = path_from(model, "the model's path")
+    if path.suffix == ".onnx":
+        return runtime_session(path)
     from .loading import load
 
-    return load(Path(model))
+    return load(path)
 
 
 def _exported(model: nn.Module, batch: Any, stack: ExitStack) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -8,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from surgery import Edit, Pass, PassReport, RecipeError, Registry, hookimpl
+from surgery.errors import PathError
 from surgery.recipe import load_yaml, resolve, schema
 
 
@@ -143,6 +145,75 @@ def test_an_error_names_the_step(registry):
 def test_yaml_is_plain_data(text, message):
     with pytest.raises(RecipeError, match=message):
         load_yaml(text, "file.yaml")
+
+
+TENS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a0: &a0 [x]\n" + "".join(TENS), "more than 20,000 values"),
+        ("a0: &a0 {x: 1}\n" + "".join(TENS).replace("[", "{<<: [").replace("]", "]}"), "more than 20,000 values"),
+        ("[" * 100_000, "nested deeper than 32"),
+        ("- " * 50_000, "nested deeper than 32"),
+        ("a: &a [*a]", "in a circle"),
+        ("&a {*a : 1}", "in a circle"),
+        ("#" * 300_000, "300,000 characters"),
+        ("a: 2001-99-99", "month must be in 1..12"),
+        ("a: 1" + ":1" * 100, "an integer beyond 64 bits"),
+    ],
+    ids=["aliases", "merges", "lists", "blocks", "circle", "key", "length", "date", "integer"],
+)
+def test_yaml_takes_no_more_work_than_its_length_warrants(text, message):
+    start = time.process_time()
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_yaml(text, "file.yaml")
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 300
+
+
+def test_a_dict_without_end_is_no_recipe(registry):
+    circle, deep = recipe("shave"), recipe()
+    circle["passes"].append(circle)
+    inner = deep["passes"]
+    for _ in range(10_000):
+        inner.append([])
+        inner = inner[0]
+    for raw in (circle, deep):
+        with pytest.raises(RecipeError, match="nested deeper than 32, or in a circle"):
+            resolve(raw, registry)
+
+
+def test_recipes_that_use_each_other_have_an_end(tmp_path, registry):
+    fan = {f"fan{i}": f"passes: [{', '.join([f'use: fan{i + 1}.yaml'] * 10)}]" for i in range(9)}
+    write(tmp_path, fan9="passes: [shave]", round=f"passes: [use: ../{tmp_path.name}/round.yaml]", **fan)
+    for name, message in (("fan0", "more than 200 passes"), ("round", "deeper than 16")):
+        with pytest.raises(RecipeError, match=message):
+            resolve(tmp_path / f"{name}.yaml", registry)
+
+
+@pytest.mark.parametrize("bound", [{"sqnr_db": float("nan")}, {"sqnr_db": float("inf")}, {"parity": float("inf")}])
+def test_bounds_are_finite_numbers(bound, registry):
+    with pytest.raises(RecipeError, match="finite number"):
+        resolve(recipe("shave", budget=bound), registry)
+
+
+@pytest.mark.parametrize("given", ["", "a\0b", "x" * 5000])
+def test_what_is_no_path_is_no_recipe(given, registry):
+    with pytest.raises(PathError, match="no usable path"):
+        resolve(given, registry)
+
+
+def test_text_of_a_recipe_is_not_taken_for_its_path(registry):
+    with pytest.raises(RecipeError, match="text of several lines"):
+        resolve("name: x\npasses: [shave]\n", registry)
+
+
+def test_an_error_quotes_no_megabyte(registry):
+    with pytest.raises(RecipeError) as caught:
+        resolve(recipe("x" * 1_000_000), registry)
+    assert len(str(caught.value)) < 4000
 
 
 def test_quoted_strings_are_no_tags():

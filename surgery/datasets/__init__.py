@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import Data, import_object
 from ..errors import InputError
+from ..paths import path_from
 from ..tracing import user_line
 from . import cifar10, digits, imagefolder
 from .options import Options, parse
@@ -41,7 +42,9 @@ def data_from(name: str, example_inputs: Any = None) -> Data:
     if (source == "digits") == bool(path):
         raise InputError(f"data {name!r} has {'a' if path else 'no'} path", fix=f"say {_form(source)}")
     reader, form = _READERS[source]
-    return reader(Path(path).expanduser(), parse(form, query, place), example_inputs)
+    return reader(
+        path_from(path, f"the path of {source}") if path else Path(), parse(form, query, place), example_inputs
+    )
 
 
 def _form(source: str) -> str:

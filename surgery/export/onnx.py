@@ -30,6 +30,7 @@ from ..deviation import Deviation
 from ..errors import ExportError, ModelError
 from ..inputs import Inputs
 from ..names import tensors
+from ..paths import path_from
 from ..precision import full_precision
 from ..process import exclusive
 from ..tracing import evaluating, first_line, quiet, user_line
@@ -75,11 +76,11 @@ def export_onnx(
     Raises:
         ExportError: an operator has no ONNX form, the batch cannot stay open as asked, or the file cannot be written.
     """
+    target = path_from(path, "the path of the ONNX file")
     trace = trace_onnx(model, example_inputs, opset=opset, dynamic_batch=dynamic_batch)
     forget_inner_shapes(trace.onnx.graph)
     versions = {"surgery": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     trace.onnx.metadata_props.update(sorted({**versions, **(metadata or {})}.items()))
-    target = Path(path)
     try:
         _write(trace.onnx, target)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -24,6 +24,7 @@ from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
 from ..loading import run_source
+from ..paths import path_from
 from ..process import exclusive
 from ..sizes import check_inputs, number_kind
 from ..state.files import write_tensors
@@ -60,7 +61,7 @@ def export_source(
         ExportError: a layer or operator that cannot be written as plain source, or the result deviates; the message
             names the node or class and who must act. Or the files cannot be written.
     """
-    target = Path(folder)
+    target = path_from(folder, "the folder")
     paths = target / f"{name}.py", target / f"{name}.safetensors"
     try:
         _write(model, target, paths, source(model, name=name, header=header))

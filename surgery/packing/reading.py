@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..paths import path_from
 from ..registry import Registry
 from .codec import BLOCK, Block, Codec
 from .container import AGAIN, inflated, read_frame
@@ -57,7 +58,7 @@ class Pack:
         Raises:
             ModelError: no pack, one of a newer format, a damaged one, or one that would take more than the limit.
         """
-        self.path = Path(path)
+        self.path = path_from(path, "the path of the pack")
         self._registry = registry
         self._file = _opened(self.path)
         try:

@@ -10,10 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import ExportError
+from ..paths import path_from
+from ..process import memory_told
 from ..registry import Registry
 from .reading import Pack
 
 
+@memory_told()
 def unpack(
     path: str | Path, folder: str | Path, *, limit_bytes: int | None = None, registry: Registry | None = None
 ) -> tuple[Path, ...]:
@@ -26,7 +29,7 @@ def unpack(
         ModelError: no pack, one of a newer format, a damaged one, or one above the limit.
         ExportError: the files cannot be written.
     """
-    target = Path(folder)
+    target = path_from(folder, "the folder")
     with Pack(path, limit_bytes=limit_bytes, registry=registry) as content:
         texts = {"model.py": content.source, "recipe.lock.yaml": content.recipe}
         tensors = dict(content.tensors())

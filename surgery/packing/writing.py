@@ -18,6 +18,8 @@ from torch import Tensor
 from .. import __version__
 from ..errors import ExportError, ModelError, PluginError
 from ..loading import model_file
+from ..paths import path_from
+from ..process import memory_told
 from ..registry import Registry
 from .choosing import Elements, choose
 from .codec import Codec
@@ -33,6 +35,7 @@ SUFFIX = ".surgery"
 _IN_MEMORY = 64 << 20
 
 
+@memory_told()
 def pack(
     source: str | Path, path: str | Path | None = None, *, codec: str = "huffman", registry: Registry | None = None
 ) -> Path:
@@ -45,8 +48,8 @@ def pack(
         ModelError: nothing to pack there, the weights are missing or damaged, or the source has no `build(tensors)`.
         ExportError: there is no such codec, an element type that a pack does not know, or the file cannot be written.
     """
-    file = model_file(Path(source))
-    target = Path(path) if path is not None else file.with_suffix(SUFFIX)
+    file = model_file(path_from(source, "the path of the source"))
+    target = path_from(path, "the path of the pack") if path is not None else file.with_suffix(SUFFIX)
     if b"def build(" not in file.read_bytes():
         raise ModelError(
             f"{file.name} has no build(tensors), by which a pack gives it its weights",

@@ -41,9 +41,7 @@ def read(recipe: str | Path | Mapping[str, Any], registry: Registry, folder: Pat
     if not isinstance(recipe, str | Path):
         raise RecipeError(f"the recipe is no mapping but {type(recipe).__name__}", fix="give a name, a path or a dict")
     if "\n" in str(recipe):
-        raise RecipeError(
-            "the recipe is a text of several lines", fix="give a name, a path or a dict: yaml.safe_load(text)"
-        )
+        raise RecipeError("the recipe is a text of several lines", fix="give a name, a path or a dict")
     path = path_from((folder or Path()) / path_from(recipe, "the recipe"), "the recipe")
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         text = registry.find_recipe(str(recipe)).read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """YAML as plain data: no tags, no duplicate keys, and no more work than its length warrants.
 
-Ten lines of aliases to aliases stand for 10^9 values, and whoever walks over them all, as checks, hashes and messages do,
-does not come back. So aliases are counted as often as they are used, before anything is built from them.
+Ten lines of aliases to aliases stand for 10^9 values, and whoever walks over them all, as checks, hashes and messages
+do, does not come back. So aliases are counted as often as they are used, before anything is built from them.
 """
 
 from __future__ import annotations
