@@ -16,8 +16,9 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure
 
 from .errors import CaptureError, InputError
+from .fold_constants import fold_numbers
 from .functional import functionalise
-from .graph import remove_unused, retarget
+from .graph import retarget
 from .inputs import Inputs
 from .names import submodule, tensors
 from .precision import full_precision
@@ -31,6 +32,7 @@ from .reproduction import relative_error as relative_error
 from .sizes import Expected, check_inputs, expected_inputs
 from .soundness import denormal
 from .tracing import evaluating, uncollected
+from .vocabulary import arguments
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,32 @@ def _graph(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool)
     assert in_spec is not None
     graph.set_codegen(CallCodeGen(_PyTreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
     captured = CapturedModel(root, graph)
-    remove_unused(captured)
+    fold_numbers(captured)
+    _check_options(graph)
     captured.eval()
     captured.recompile()
     return captured
+
+
+def _check_options(graph: fx.Graph) -> None:
+    """Raises CaptureError where a layer has another form at every batch size, which no runtime has."""
+    for node in graph.nodes:
+        given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+        for name in _OPTIONS & given.keys() if "size" not in given else ():
+            if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(given[name])):
+                raise CaptureError(f"the {name} of {node.target} depend on it")
+
+
+_OPTIONS = {
+    "groups",
+    "kernel_size",
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "num_groups",
+    "normalized_shape",
+}
 
 
 @cache
@@ -268,7 +292,9 @@ def _dropped(private: nn.Module, captured: CapturedModel) -> list[str]:
         if key not in kept and not key.endswith("num_batches_tracked"):
             other = _home(names[id(tensor)]) if id(tensor) in names else None
             notes.append(
-                f"{_home(key)}: is kept as {other}" if other else f"{_home(key)}: not used in eval mode, left out"
+                f"{_home(key)}: is kept as {other}"
+                if other
+                else f"{_home(key)}: no operator of eval mode reads it, left out"
             )
     notes += [
         f"{name}: {type(module).__name__} drops nothing in eval mode, so the graph does not have it"

@@ -490,3 +490,45 @@ def test_other_precisions(name, dtype):
     model = network.model().to(dtype)
     captured = assert_captured(model, network.inputs(2).to(dtype), network.inputs(3, seed=1).to(dtype))
     assert {p.dtype for p in captured.parameters()} == {dtype}
+
+
+class Strides(nn.Module):
+    """Numbers out of buffers, also by arithmetic."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.register_buffer("stride", torch.tensor([8.0, 16.0]))
+
+    def forward(self, x):
+        return self.conv(x) * self.stride[1].item() + torch.full((8, 1, 1), self.stride[0] * 2)
+
+
+def test_numbers_that_are_taken_out_of_buffers_are_constants_of_the_graph():
+    model, x = Strides(), torch.randn(5, 3, 4, 4)
+    captured = capture(model, x[:2])
+    assert_same(call(captured, x), call(model, x))
+    assert captured.notes == ("stride: no operator of eval mode reads it, left out",)
+    targets = [str(node.target) for node in captured.graph.nodes if node.op != "placeholder"]
+    assert targets == ["conv", "aten.mul.Tensor", "aten.full.default", "aten.add.Tensor", "output"]
+
+
+class PerSample(nn.Module):
+    """A filter per sample: as many groups as the batch has samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(6, 4, 3, 3)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        n = x.shape[0]
+        weight = self.weight * self.style(x.mean((2, 3)))[:, None, :, None, None]
+        y = F.conv2d(x.reshape(1, n * 4, 5, 5), weight.reshape(n * 6, 4, 3, 3), padding=1, groups=n)
+        return y.reshape(n, 6, 5, 5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_with_the_batch_size_among_its_options_fixes_it(batch):
+    x = torch.randn(batch, 4, 5, 5)
+    captured = assert_captured(PerSample(), x)
+    assert captured.notes[0] == f"batch size fixed at {batch}: the groups of aten.conv2d.default depend on it"

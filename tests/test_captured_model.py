@@ -164,7 +164,7 @@ def test_state_that_eval_mode_does_not_use_is_left_out_and_said():
             return (self.main(x), self.auxiliary(x)) if self.training else self.main(x)
 
     captured = capture(Auxiliary(), torch.randn(2, 3))
-    assert captured.notes == ("auxiliary: not used in eval mode, left out",)
+    assert captured.notes == ("auxiliary: no operator of eval mode reads it, left out",)
     assert set(captured.state_dict()) == {"main.weight", "main.bias"}
 
 
