@@ -4,7 +4,7 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench gpu gpu-bundle versions grouped-bench widths deep-compression kills composition clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench gpu gpu-bundle versions grouped-bench widths deep-compression kills composition operators clean
 
 install: $(STAMP)
 
@@ -109,6 +109,10 @@ gpu: install
 # what a bare machine with a device lacks, in one folder
 gpu-bundle: install
 	$(BIN)/python tests/benchmarks/gpu_bundle.py $(BUNDLE)
+
+# PyTorch's database of operators, each between two layers: docs/operators.md
+operators: install
+	$(BIN)/python tests/benchmarks/operators.py $(OPERATORS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

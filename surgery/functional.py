@@ -184,13 +184,19 @@ def _redirect(old: fx.Node, new: fx.Node, position: dict[fx.Node, int], after: i
 
 
 def _functional(node: fx.Node) -> Any:
-    """`aten.relu_.default` → `aten.relu.default`."""
+    """`aten.relu_.default` → `aten.relu.default`, `aten.transpose_.default` → `aten.transpose.int`."""
     assert isinstance(node.target, torch._ops.OpOverload)
     namespace, name = node.target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_").replace("__i", "__"), None)
-    if packet is None or not name.endswith("_"):
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet and name.endswith("_") else []
+    alike = [overload for overload in overloads if _takes(overload) == _takes(node.target)]
+    if not alike:
         raise _unsupported(node, name)
-    return getattr(packet, node.target._overloadname, None) or packet.int  # transpose_.default, but transpose.int
+    return next((o for o in alike if o._overloadname == node.target._overloadname), alike[0])
+
+
+def _takes(target: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def is_full_slice(node: fx.Node) -> bool:

@@ -81,6 +81,8 @@ _SUMS = ("sum", "linalg_vector_norm", "norm")
 
 def reduction(call: Call) -> Any:
     """Sums, means, maxima over dimensions. Removed zeros do not change a sum or a norm; everything else they change."""
+    if call["other"] is not None:  # max(x, y)
+        return elementwise(call)
     x, given = call.input, call["dim"]
     dims = {d % x.ndim for d in (given if isinstance(given, list | tuple) else [given]) if d is not None}
     dims = dims or set(range(x.ndim))

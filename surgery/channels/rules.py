@@ -18,7 +18,7 @@ from . import arithmetic, layers, movement, shrinking
 from .call import Call, Rule
 from .shrinking import Shrink
 from .trial import can_be_tried, tried
-from .values import values_in
+from .values import Value, values_in
 
 aten = torch.ops.aten
 
@@ -129,7 +129,7 @@ def read(rules: Mapping[Any, ChannelRule], call: Call) -> Any:
             if rule in _BUILT_IN and (names := _depends_on_batch(call, rule)):
                 return arithmetic.unknown(call, f"{what} takes its {names} from the size of the batch")
             return _checked(call, rule.read(call))
-        if call.module is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
+        if isinstance(call.result, Value) and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
             return arithmetic.elementwise(call)
         return tried(call) if can_be_tried(call) else arithmetic.unknown(call)
     except Exception as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .values import Axis, Value, values_in
 
 LIMIT = 2**25
 """Elements of an operator's tensors above which it is not tried: a trial takes some twenty calls."""
+
+COMBINATIONS = 16
+"""Of dimensions of several operands that are tried as one."""
 
 Sample = dict[int, Tensor]
 """Random tensors for the operands, by the operand's `id`."""
@@ -68,6 +72,9 @@ def can_be_tried(call: Call) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable or call.computed:
         return False
+    name = target._schema.name.removeprefix("aten::")
+    if any(_is_whole(value) for value in values_in(call.arguments)) and not name.startswith(_CHECKS_INDICES):
+        return False  # it may read or write anywhere in memory
     return sum(torch.Size(value.shape).numel() for value in values_in([call.arguments, call.result])) <= LIMIT
 
 
@@ -125,14 +132,17 @@ class _Trial:
             for units in (places, *(u for n in counts for u in (places // (size // n), places % n))):
                 yield Cut(dims, units)
 
-    def _together(self, value: Value, dim: int) -> list[dict[int, int]]:
-        """Dimensions of all operands that look like this one, and this one alone."""
-        same = {id(value): dim}
-        for other in self.operands:
-            at = dim if other.ndim == value.ndim else 0 if other.ndim == 1 else dim - value.ndim + other.ndim
-            if other is not value and at >= 0 and other.axis(at) and other.shape[at] == value.shape[dim]:
-                same[id(other)] = at
-        return [same, {id(value): dim}][: len(same)]
+    def _together(self, value: Value, dim: int) -> Iterator[dict[int, int]]:
+        """This dimension with those of other operands that have as many positions: first with those at the same place,
+        in the end alone."""
+        choices: list[list[int | None]] = []
+        others = [other for other in self.operands if other is not value]
+        for other in others:
+            alike = [d for d, axis in enumerate(other.axes) if axis and other.shape[d] == value.shape[dim]]
+            place = dim if other.ndim == value.ndim else dim - value.ndim + other.ndim
+            choices.append([*sorted(alike, key=lambda d: d != place), None])
+        for chosen in islice(product(*choices), COMBINATIONS):
+            yield {id(value): dim} | {id(o): d for o, d in zip(others, chosen, strict=True) if d is not None}
 
     def _places(self, cut: Cut, likely: Sequence[int], taken: set[tuple[int, int]]) -> tuple[Place | None, ...] | None:
         """Where the units stand in each result; None where this does not hold for the operator."""
@@ -199,6 +209,13 @@ class _Trial:
             return None
 
 
+def _is_whole(value: Value) -> bool:
+    return not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool)
+
+
+_CHECKS_INDICES = ("gather", "take_along_dim", "index_", "scatter", "max_unpool", "embedding", "where", "one_hot")
+"""Operators that refuse whole numbers out of range, and so can be tried with any."""
+
 _KINDS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, lambda x: 0.1 + 0.8 * x.sigmoid(), lambda x: 9 * x)
 """Numbers of either sign, between 0 and 1 where inverse functions are defined, and large ones."""
 
@@ -206,7 +223,7 @@ _KINDS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, lambda x: 0.1 + 0
 def _random(value: Value, kind: int, number: int) -> Tensor:
     """A tensor like `value`; whole numbers are 0 or 1, which most operators take for an index."""
     generator = torch.Generator().manual_seed(7 * number + kind)
-    if value.dtype.is_floating_point or value.dtype.is_complex:
+    if not (_is_whole(value) or value.dtype == torch.bool):
         return _KINDS[kind](torch.randn(value.shape, generator=generator)).to(value.dtype)
     return torch.randint(0, 2, value.shape, generator=generator).to(value.dtype)
 
