@@ -178,6 +178,30 @@ def pixels(c, n) -> Made:
     return Do(lambda m, x: F.pixel_unshuffle(x, 2).repeat(1, 1, 2, 2)), 4 * c
 
 
+def halved(c, n) -> Made:
+    """Gated linear units, along the channels or along the pixels."""
+    if c % 2 == 0 and n % 2:
+        return Do(lambda m, x: F.glu(x, 1)), c // 2
+    return Do(lambda m, x: F.glu(torch.cat([x, x.flip(2)], 3), 3)), c
+
+
+def placed(c, n) -> Made:
+    """Maxima put back to where they were, or their places beside them."""
+
+    def run(m, x):
+        small, where = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(small, where, 2) if n % 2 else F.pad(torch.cat([small, where.to(x)], 1), (1, 1, 1, 1))
+
+    return Do(run), c if n % 2 else 2 * c
+
+
+def unfolded(c, n) -> Made:
+    """Windows as channels, and back."""
+    if c % 4 == 0 and n % 2:
+        return Do(lambda m, x: F.fold(F.adaptive_avg_pool2d(x, 2).flatten(2), (4, 4), 2, stride=2)), c // 4
+    return Do(lambda m, x: F.unfold(x, 2, stride=2).unflatten(2, (2, 2)).repeat(1, 1, 2, 2)), 4 * c
+
+
 def summed(c, n) -> Made:
     """A map of all channels, that weights each of them."""
     over = pick((torch.sum, torch.mean, torch.amax), n)
@@ -270,6 +294,7 @@ UNARY = {
     for f in (
         *(conv, grouped, depthwise, transposed, batch_norm, group_norm, instance_norm, layer_norm, function, prelu),
         *(piece, swapped, chunked, strided, shuffle, gate, parameter, padded, rolled, repeated, pixels, summed),
+        *(halved, placed, unfolded),
         *(softmaxed, radix, mixed, tokens, attention, written, windowed, twice),
     )
 }
