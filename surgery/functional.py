@@ -195,8 +195,8 @@ def _functional(node: fx.Node) -> Any:
     return next((o for o in alike if o._overloadname == node.target._overloadname), alike[0])
 
 
-def _takes(target: torch._ops.OpOverload) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+def _takes(target: torch._ops.OpOverload) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments]
 
 
 def is_full_slice(node: fx.Node) -> bool:
