@@ -58,6 +58,12 @@ def test_an_operator_without_a_rule_lets_through_what_trials_show(name):
     assert_removed_is_masked(channels)
 
 
+def test_a_logarithm_of_channels_that_go_is_no_obstacle():
+    channels = net_between(lambda m, x: x.abs().log().exp() + x.abs().rsqrt(), 8, 8)
+    assert sizes(channels) == {"a": 8}
+    assert_removed_is_masked(channels)
+
+
 @pytest.mark.parametrize("channels", [4, 8, 12])
 def test_a_unit_before_a_pixel_shuffle_is_all_channels_of_one_output_channel(channels):
     """Behind it every pixel is a feature: sub-pixel rows and columns must stay where they are."""

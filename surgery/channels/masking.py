@@ -23,6 +23,7 @@ from ..inputs import Inputs
 from ..names import tensors
 from ..tracing import evaluating
 from ..vocabulary import arguments
+from .values import Value
 
 if TYPE_CHECKING:
     from .analysis import Channels
@@ -92,6 +93,22 @@ class _Masked(Recorder):
         pass
 
     def run_node(self, n: fx.Node) -> Any:
+        value = self._run(n)
+        known = self._values[n.name]
+        return self._finite(value, known) if isinstance(value, Tensor) and isinstance(known, Value) else value
+
+    def _finite(self, value: Tensor, known: Value) -> Tensor:
+        """What an operator makes of removed zeros may be infinite, as a logarithm is: it is zero to those that read it,
+        which have no weights there."""
+        if not value.is_floating_point() or bool(value.sum().isfinite()):
+            return value
+        for dim, axis in enumerate(known.axes):
+            if axis is not None:
+                dead = torch.nonzero(~self._alive[axis.ids]).reshape(-1).to(value.device)
+                value = value.index_copy(dim, dead, value.index_select(dim, dead).nan_to_num(0, 0, 0))
+        return value
+
+    def _run(self, n: fx.Node) -> Any:
         kept = self._left(n)
         if not kept:
             return super().run_node(n)

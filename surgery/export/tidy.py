@@ -46,7 +46,7 @@ def _simplify(model: ir.Model) -> None:
     optimizer.inline(model)
     optimizer.remove_unused_functions(model)
     for _ in range(ROUNDS):
-        folded = optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=may_fold).modified
+        folded = _folded(model)
         common.RemoveUnusedNodesPass()(model)
         if not (RULES.apply_to_model(model) or folded):
             break
@@ -60,6 +60,15 @@ def _simplify(model: ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _folded(model: ir.Model) -> bool:
+    """Whether constants were folded. onnxscript gives up where it cannot evaluate a node, such as a split that gives
+    fewer parts than were asked for; what is folded by then stands, and the rest is computed by the runtime."""
+    try:
+        return bool(optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=may_fold).modified)
+    except RuntimeError:
+        return False
 
 
 def forget_inner_shapes(graph: ir.Graph) -> None:
