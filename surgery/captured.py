@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure
 
 from .errors import CaptureError, InputError
 from .fold_constants import fold_numbers
@@ -31,6 +29,17 @@ from .reproduction import Known, another_sample, at_another_batch, compare, forw
 from .reproduction import relative_error as relative_error
 from .sizes import Expected, check_inputs, expected_inputs
 from .soundness import denormal
+from .torch_private import (
+    OpOverload,
+    TreeCodeGen,
+    TreeInfo,
+    TreeSpec,
+    codegen_of,
+    set_transient,
+    transient_of,
+    tree_leaves,
+    tree_structure,
+)
 from .tracing import evaluating, uncollected
 from .vocabulary import arguments
 
@@ -45,7 +54,7 @@ class CaptureInfo:
     error: float
 
 
-class CallCodeGen(_PyTreeCodeGen):
+class CallCodeGen(TreeCodeGen):
     """Code that takes the original's nested arguments, checks them, and gives its nested outputs."""
 
     def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
@@ -65,7 +74,7 @@ class CapturedModel(fx.GraphModule):
         super().__init__(root, graph, class_name)
         for name, module in self.named_modules():  # GraphModule registers every buffer as persistent
             origin = submodule(root, name)
-            module._non_persistent_buffers_set = set(origin._non_persistent_buffers_set if origin else ())
+            set_transient(module, transient_of(origin) if origin else ())
 
     def _deepcopy_init(self) -> Callable[..., None]:
         return CapturedModel.__init__
@@ -80,7 +89,7 @@ class CapturedModel(fx.GraphModule):
     @property
     def inputs(self) -> Inputs:
         """The example inputs, under the names of the forward's arguments."""
-        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        info = codegen_of(self.graph).pytree_info
         return replace(self._info.inputs, names=tuple(info.orig_args))
 
     @cached_property
@@ -226,7 +235,7 @@ def _graph(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool)
     root, graph = Raiser(module.graph, names, program.constants, private, _reserved_names()).run()
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None
-    graph.set_codegen(CallCodeGen(_PyTreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
+    graph.set_codegen(CallCodeGen(TreeInfo(_signature_names(private, inputs), in_spec, out_spec)))
     captured = CapturedModel(root, graph)
     fold_numbers(captured)
     _check_options(graph)
@@ -238,7 +247,7 @@ def _graph(candidates: Iterable[nn.Module], inputs: Inputs, *, free_batch: bool)
 def _check_options(graph: fx.Graph) -> None:
     """Raises CaptureError where a layer has another form at every batch size, which no runtime has."""
     for node in graph.nodes:
-        given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+        given = arguments(node) if isinstance(node.target, OpOverload) else {}
         for name in _OPTIONS & given.keys() if "size" not in given else ():
             if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(given[name])):
                 raise CaptureError(f"the {name} of {node.target} depend on it")

@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils._pytree import tree_map_only
 
 from .captured import CapturedModel
 from .contract import snapshot
@@ -24,6 +21,7 @@ from .graph import Layer, layers, remove_unused, weight_expression
 from .names import get_attribute, set_module, submodule
 from .operands import evaluate, lowered
 from .replacement import erase, release, replace_layer
+from .torch_private import OpOverload, parameters_of, schema_of, tensor_metadata, tree_map_only
 from .vocabulary import arguments
 
 _REMEDY = "compute the weight by operators of torch from the tensors given, without writing in place"
@@ -125,7 +123,7 @@ def _traced(layer: Layer, function: Callable[..., Tensor], tensors: Mapping[str,
     except Exception as error:
         raise PluginError(f"the weight cannot be computed: {error}", at=layer.name, fix=_REMEDY) from error
     for node in graph.nodes:
-        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        writes = isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
         if writes or node.op in ("get_attr", "call_module"):
             what = f"{node.target} writes in place" if writes else "it holds a tensor that is not among those given"
             raise PluginError(f"the weight cannot be computed in a graph: {what}", at=layer.name, fix=_REMEDY)
@@ -190,8 +188,8 @@ def _register(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _put_last(model: nn.Module, path: str, key: str) -> None:
     """A parameter `key` behind those that its container got later, where torch.nn has it."""
     home = submodule(model, path)
-    if home is not None and key in home._parameters:
-        home.register_parameter(key, home._parameters.pop(key))
+    if home is not None and key in parameters_of(home):
+        home.register_parameter(key, parameters_of(home).pop(key))
 
 
 def _functional_calls(model: CapturedModel, layer: Layer) -> list[fx.Node]:
@@ -227,7 +225,7 @@ def _inlined(model: CapturedModel, traced: fx.Graph, readers: list[fx.Node], pat
     for node in [node for node in traced.nodes if node.op != "output"]:
         new = next(given) if node.op == "placeholder" else model.graph.node_copy(node, placed.__getitem__)
         values[new] = get_attribute(model, str(new.target)) if new.op == "get_attr" else evaluate([new], values)
-        shapes = tree_map_only(Tensor, _extract_tensor_metadata, values[new])
+        shapes = tree_map_only(Tensor, tensor_metadata, values[new])
         new.meta = {"module_path": path, "tensor_meta": shapes}
         placed[node] = new
     result: Any = next(node for node in traced.nodes if node.op == "output").args[0]

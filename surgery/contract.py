@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .captured import CapturedModel, relative_error
 from .errors import PassError, PluginError, SurgeryError
@@ -22,6 +21,7 @@ from .names import bytes_of, tensors
 from .passes import Edit, PassReport, Skip
 from .process import RANDOM, ProcessState
 from .reproduction import other_sizes
+from .torch_private import tree_leaves, version_of
 from .tracing import first_line
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _watched(model: CapturedModel, context: Context) -> Iterator[tuple[str, Tens
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     """Write counter and checksum: writes through `.data`, and to tensors of inference mode, are not counted."""
-    return 0 if tensor.is_inference() else tensor._version, zlib.crc32(bytes_of(tensor))
+    return 0 if tensor.is_inference() else version_of(tensor), zlib.crc32(bytes_of(tensor))
 
 
 def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> None:

@@ -5,12 +5,12 @@ n = item(select(strides, 0, 0)),  full([4, 1, 1], n)   →   full([4, 1, 1], 8.0
 
 from __future__ import annotations
 
-import torch
 from torch import fx, nn
 
 from .graph import remove_unused
 from .names import get_attribute
 from .operands import constants, evaluate, expression
+from .torch_private import OpOverload, schema_of
 
 
 def fold_numbers(model: fx.GraphModule) -> None:
@@ -37,6 +37,6 @@ def _put(node: fx.Node, value: float) -> None:
 def _gives_number(node: fx.Node) -> bool:
     """Whether it takes a number out of a tensor, such as aten.item; arithmetic on such numbers is folded in turn."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return [str(result.type) for result in target._schema.returns] in (["number"], ["int"], ["float"], ["bool"])
+    if isinstance(target, OpOverload):
+        return [str(result.type) for result in schema_of(target).returns] in (["number"], ["int"], ["float"], ["bool"])
     return node.op == "call_function" and getattr(target, "__module__", "") in ("_operator", "math", "torch.sym_node")

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from .errors import CaptureError
+from .torch_private import OpOverload, higher_order_name, overload_name, schema_of
 from .views import aliases, chain_to_base, put_back
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def functionalise(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable:
             _replace_write(module.graph, node, position)
         elif node.op == "get_attr" and node.users:
             raise CaptureError(
@@ -53,7 +54,7 @@ def functionalise(module: fx.GraphModule) -> None:
 def inline_regions(module: fx.GraphModule) -> None:
     """Replace no_grad, checkpoint and switched-off autocast regions by the nodes of their body."""
     for node in list(module.graph.nodes):
-        name = getattr(node.target, "_name", getattr(node.target, "__name__", ""))
+        name = higher_order_name(node.target) or getattr(node.target, "__name__", "")
         if node.op != "call_function" or name not in _REGIONS:
             continue
         body_node = node.args[_REGIONS[name]]
@@ -90,7 +91,7 @@ def _inline(module: fx.GraphModule, region: fx.Node, body_node: fx.Node, body: f
 
 
 def _switches_gradients_off(region: fx.Node) -> bool:
-    return getattr(region.target, "_name", "") == "wrap_with_set_grad_enabled" and region.args[0] is False
+    return higher_order_name(region.target) == "wrap_with_set_grad_enabled" and region.args[0] is False
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
@@ -120,7 +121,7 @@ def _replace_write(graph: fx.Graph, node: fx.Node, position: dict[fx.Node, int])
             new.meta = {**node.meta, "fresh": True}
     position[new] = position[node]
     node.replace_all_uses_with(new)
-    if target._schema.returns[0].alias_info is None:
+    if schema_of(target).returns[0].alias_info is None:
         _propagate_write(graph, written, new, node, position)
     else:  # unsqueeze_ and its kind write no value: the result is a view
         del new.meta["fresh"]
@@ -185,18 +186,18 @@ def _redirect(old: fx.Node, new: fx.Node, position: dict[fx.Node, int], after: i
 
 def _functional(node: fx.Node) -> Any:
     """`aten.relu_.default` → `aten.relu.default`, `aten.transpose_.default` → `aten.transpose.int`."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    namespace, name = node.target._schema.name.split("::")
+    assert isinstance(node.target, OpOverload)
+    namespace, name = schema_of(node.target).name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_").replace("__i", "__"), None)
     overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet and name.endswith("_") else []
     alike = [overload for overload in overloads if _takes(overload) == _takes(node.target)]
     if not alike:
         raise _unsupported(node, name)
-    return next((o for o in alike if o._overloadname == node.target._overloadname), alike[0])
+    return next((o for o in alike if overload_name(o) == overload_name(node.target)), alike[0])
 
 
-def _takes(target: torch._ops.OpOverload) -> list[str]:
-    return [str(argument.type) for argument in target._schema.arguments]
+def _takes(target: OpOverload) -> list[str]:
+    return [str(argument.type) for argument in schema_of(target).arguments]
 
 
 def is_full_slice(node: fx.Node) -> bool:
@@ -222,7 +223,7 @@ def _promoted_dtype(node: fx.Node) -> torch.dtype | None:
     """What the functional operator gives where the written tensor would have kept its own type."""
     operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     same = _result_dtype(node)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.removesuffix("_") in _BOOLEAN:
+    if isinstance(node.target, OpOverload) and schema_of(node.target).name.removesuffix("_") in _BOOLEAN:
         return torch.bool
     if len(operands) < 2 or node.target in (aten.masked_fill_.Tensor, aten.fill_.Tensor):
         return same

@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from .inputs import Inputs
 from .names import get_attribute
 from .operands import constants, expression, stand_in
+from .torch_private import TO_COPY as TO_COPY
+from .torch_private import BatchNorm as BatchNorm
+from .torch_private import ConvNd as ConvNd
+from .torch_private import NormBase as NormBase
+from .torch_private import buffers_of, children_of, tensor_metadata
+from .torch_private import parameters_of as parameters_of
+from .torch_private import register_decomposed as register_decomposed
+from .torch_private import set_parameters as set_parameters
+from .torch_private import tree_leaves as tree_leaves
+from .torch_private import tree_map_only as tree_map_only
 from .vocabulary import arguments
 
 
@@ -137,12 +146,12 @@ def remove_unused(model: fx.GraphModule) -> None:
         if name in called:
             return True
         path = f"{name}." if name else ""
-        for store in (module._parameters, module._buffers):
+        for store in (parameters_of(module), buffers_of(module)):
             for key in [k for k in store if f"{path}{k}" not in read]:
                 delattr(module, key)
-        for key in [k for k, child in module._modules.items() if child is None or not prune(child, f"{path}{k}")]:
-            del module._modules[key]
-        return bool(module._parameters or module._buffers or module._modules)
+        for key in [k for k, child in children_of(module).items() if child is None or not prune(child, f"{path}{k}")]:
+            del children_of(module)[key]
+        return bool(parameters_of(module) or buffers_of(module) or children_of(module))
 
     prune(model, "")
 
@@ -183,7 +192,7 @@ class _Shapes(Recorder):
     def see(self, node: fx.Node, value: Any) -> None:
         node.meta.pop("val", None)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-            node.meta["tensor_meta"] = tree_map_only(Tensor, _extract_tensor_metadata, value)
+            node.meta["tensor_meta"] = tree_map_only(Tensor, tensor_metadata, value)
 
 
 def propagate(model: fx.GraphModule, inputs: Inputs) -> list[Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from .errors import InputError
+from .torch_private import keystr, tree_flatten_with_path, tree_map_only
 
 
 @dataclass(frozen=True)

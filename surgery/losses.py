@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .data import Data
 from .errors import InputError
+from .torch_private import tree_leaves
 
 
 def loss_of(data: Data, output: Any, target: Any, place: str = "training data") -> Tensor:

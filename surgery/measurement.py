@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +26,7 @@ from .errors import InputError
 from .inputs import Inputs
 from .names import tensors
 from .process import exclusive
+from .torch_private import TRILINEAR, FakeTensorMode
 from .tracing import evaluating
 
 
@@ -206,5 +206,5 @@ def _expanded(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
 _UNCOUNTED = {
     torch.ops.aten.mv: _product,
     torch.ops.aten.dot: _product,
-    torch.ops.aten._trilinear: _trilinear,
+    TRILINEAR: _trilinear,
 }

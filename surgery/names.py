@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .torch_private import children_of
+
 
 def get_attribute(model: nn.Module, name: str) -> Any:
     """The module, parameter or buffer at the dotted `name`."""
@@ -30,9 +32,9 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     *path, leaf = name.split(".")
     parent = model
     for part in path:
-        if part not in parent._modules:
+        if part not in children_of(parent):
             parent.add_module(part, nn.Module())
-        child = parent._modules[part]
+        child = children_of(parent)[part]
         assert child is not None
         parent = child
     parent.add_module(leaf, module)

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .torch_private import FakeTensor, check_dimensions, schema_of
 
 NAME = "surgery::batch_norm"
 
 _library = torch.library.Library("surgery", "FRAGMENT")
-_library.define("batch_norm" + str(torch.ops.aten.batch_norm.default._schema).removeprefix("aten::batch_norm"))
+_library.define("batch_norm" + str(schema_of(torch.ops.aten.batch_norm.default)).removeprefix("aten::batch_norm"))
 _library.impl("batch_norm", lambda x, *_: torch.empty_like(x), "Meta")
 
 _LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -57,7 +58,7 @@ def _opaque(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         if type(input) is not FakeTensor:  # as inside vmap
             output = compute(input)
             return output
-        layer._check_input_dim(input)  # type: ignore[operator]
+        check_dimensions(layer, input)
         tensors = layer.weight, layer.bias, layer.running_mean, layer.running_var
         momentum = 0.0 if layer.momentum is None else layer.momentum
         output = torch.ops.surgery.batch_norm.default(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_map_only
 
 from .names import get_attribute
+from .torch_private import OpOverload, make_subclass, tree_map_only, without_torch_function
 from .vocabulary import DROPOUT_RULES, RULES, NotRaised, arguments
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ class ComputedWeight(nn.Parameter):
         tensors = {n: _attribute(model, n) for n in nodes if n.op == "get_attr"}
         trained = meta.dtype.is_floating_point and any(t.requires_grad for t in tensors.values())
         empty = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
-        made: ComputedWeight = torch.Tensor._make_subclass(ComputedWeight, empty, trained)
+        made: ComputedWeight = make_subclass(ComputedWeight, empty, trained)
         made._nodes, made._tensors, made._known = nodes, tensors, None
         return made
 
@@ -94,7 +94,7 @@ class ComputedWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _KNOWN_WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(cls, ComputedWeight.evaluated, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -160,14 +160,14 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_random(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 @dataclass(frozen=True)
 class Lowered:
     """`target(x, weight, bias, *args)`: the call of an operator that computes what a module computes."""
 
-    target: torch._ops.OpOverload
+    target: OpOverload
     args: tuple[Any, ...]
 
 

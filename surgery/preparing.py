@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError, ModelError
 from .names import tensors
 from .soundness import check_model
+from .torch_private import pre_hooks_of, tree_leaves
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _COMPUTING_HOOKS = ("WeightNorm", "SpectralNorm")
@@ -73,11 +73,11 @@ def bake_parametrisations(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             notes += _bake(name, module)
-        for key, hook in list(module._forward_pre_hooks.items()):
+        for key, hook in list(pre_hooks_of(module).items()):
             if type(hook).__name__ in _COMPUTING_HOOKS:
                 trained = any(p.requires_grad for p in module.parameters(recurse=False))
                 hook.remove(module)
-                del module._forward_pre_hooks[key]
+                del pre_hooks_of(module)[key]
                 getattr(module, hook.name).requires_grad_(trained)
                 notes.append(f"{name}.{hook.name}: {type(hook).__name__} replaced by the weight it computes")
     return notes

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map
 
 from .errors import CaptureError
 from .inputs import Inputs
 from .normalising import NAME, opaque_norms, plain_norms
+from .torch_private import buffers_of, tree_map
 from .tracing import first_line, plain_attention, quiet, user_line
 
 
@@ -70,14 +70,14 @@ def _without_counters(model: nn.Module) -> Iterator[None]:
     To export every buffer is an input that is followed through the model, used or not.
     """
     layers = [m for m in model.modules() if type(m) in _BATCH_NORMS and not m.training]
-    counting = [m for m in layers if m._buffers.get(_COUNTER) is not None]
+    counting = [m for m in layers if buffers_of(m).get(_COUNTER) is not None]
     try:
         for module in counting:
-            vars(module)[_COUNTER] = module._buffers.pop(_COUNTER)
+            vars(module)[_COUNTER] = buffers_of(module).pop(_COUNTER)
         yield
     finally:
         for module in counting:
-            module._buffers[_COUNTER] = vars(module).pop(_COUNTER)
+            buffers_of(module)[_COUNTER] = vars(module).pop(_COUNTER)
 
 
 def _without_writes(program: ExportedProgram) -> ExportedProgram:

@@ -11,7 +11,6 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from .captured import CapturedModel, capture
 from .export.onnx import export_onnx
@@ -20,6 +19,7 @@ from .export.tensor_names import named_outputs
 from .inputs import Inputs
 from .measurement import Latency, latency
 from .process import exclusive
+from .torch_private import tree_map_only
 from .tracing import evaluating
 
 

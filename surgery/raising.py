@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .names import get_attribute, set_module, submodule
+from .torch_private import DropoutNd, NormBase, buffers_of, parameters_of
 from .vocabulary import DROPOUT_RULES, RULES, NotRaised, Raised, Rule, arguments
 
 aten = torch.ops.aten
@@ -114,7 +115,7 @@ class Raiser:
         path = module_path(node)
         owner = submodule(self.origin, path)
         raised = RULES[node.target](arguments(node), owner, self._tensor)
-        is_own = isinstance(owner, nn.modules.dropout._DropoutNd)
+        is_own = isinstance(owner, DropoutNd)
         base = name = path if is_own else f"{path}.dropout".lstrip(".")
         head, _, tail = name.rpartition(".")
         while head and head in taken:  # no child below a layer
@@ -182,7 +183,7 @@ class Raiser:
         if path and submodule(self.root, path) is None:
             set_module(self.root, path, nn.Module())
         home = self.root.get_submodule(path)
-        if leaf in home._parameters or leaf in home._buffers:
+        if leaf in parameters_of(home) or leaf in buffers_of(home):
             return
         if isinstance(tensor, nn.Parameter):
             home.register_parameter(leaf, tensor)
@@ -196,7 +197,7 @@ class Raiser:
         if existing is None or type(existing) is not raised.cls:
             module = raised.build({r: self._tensor(ref) for r, ref in raised.roles.items() if ref is not None})
             origin = submodule(self.origin, name)
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            if isinstance(module, NormBase) and module.track_running_stats:
                 counted = getattr(origin, "num_batches_tracked", None)
                 module.num_batches_tracked = torch.tensor(0) if counted is None else counted
             set_module(self.root, target, module.eval())

@@ -7,13 +7,11 @@ from enum import Enum
 from itertools import chain, count
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .graph import Layer, remove_unused, weight_expression
 from .names import get_attribute, set_module
+from .torch_private import OpOverload, buffers_of, children_of, parameters_of, tensor_metadata, tree_leaves, tree_map
 
 
 class Place(Enum):
@@ -31,9 +29,7 @@ class Operator(nn.Module):
 
     VALUE: ClassVar = Place.VALUE
 
-    def __init__(
-        self, target: torch._ops.OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None
-    ) -> None:
+    def __init__(self, target: OpOverload, args: tuple[Any, ...] = (), parameter: nn.Parameter | None = None) -> None:
         super().__init__()
         self.target, self.args, self.parameter = target, args, parameter
 
@@ -113,7 +109,7 @@ def _taken(model: nn.Module, path: str) -> bool:
         found = get_attribute(model, path)
     except AttributeError:
         return False
-    return type(found) is not nn.Module or any((found._parameters, found._buffers, found._modules))
+    return type(found) is not nn.Module or any((parameters_of(found), buffers_of(found), children_of(found)))
 
 
 def _replace_call(graph: fx.Graph, node: fx.Node, path: str, parts: Mapping[str, nn.Module]) -> None:
@@ -142,7 +138,7 @@ def add_buffer(model: fx.GraphModule, name: str, value: Tensor, *, persistent: b
     free = next(name for name in names if not hasattr(model, name))
     model.register_buffer(free, value.to(next((p.device for p in model.parameters()), value.device)), persistent)
     node = model.graph.get_attr(free)
-    node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+    node.meta["tensor_meta"] = tensor_metadata(value)
     return node
 
 

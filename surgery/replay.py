@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .torch_private import is_compiled, version_of
+
 LIMIT = 512 * 2**20
 """Bytes a recording may hold; what comes later is not recorded, and computed by the graph as well."""
 
@@ -44,7 +46,7 @@ class Recording:
     @contextmanager
     def records(self, model: nn.Module) -> Iterator[None]:
         """In the body, the layers of `model` note what they compute."""
-        compiled = any(m._compiled_call_impl or type(m).__name__ == "OptimizedModule" for m in model.modules())
+        compiled = any(is_compiled(m) or type(m).__name__ == "OptimizedModule" for m in model.modules())
         with _in_place_of_forward(nn.Module() if compiled else model, self._note):
             yield
 
@@ -100,7 +102,7 @@ def _identity(layer: nn.Module) -> Any:
 def _state(weight: Tensor) -> tuple[int, int, int, float]:
     """Changes with the weight; what was written past the counter, through `.data`, shows in a sample."""
     some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 1024)]
-    return id(weight), weight._version, weight.data_ptr(), float(some.double().sum())
+    return id(weight), version_of(weight), weight.data_ptr(), float(some.double().sum())
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError
 from .graph import propagate
@@ -14,6 +13,7 @@ from .inputs import Inputs
 from .names import tensors
 from .preparing import twin
 from .replay import Recording
+from .torch_private import tree_leaves, version_of
 from .tracing import evaluating, first_line, user_line
 
 # A captured graph calls the very operators of the model; rounding may differ only where a region was recomputed.
@@ -62,7 +62,7 @@ def _call(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[str]]:
     """Output tensors, and the names of inputs, parameters and buffers that were written in place."""
     given = inputs.clone()
     watched = {**{f"input {k}": t for k, t in given.named_tensors.items()}, **tensors(model)}
-    versions = {name: t._version for name, t in watched.items()}
+    versions = {name: version_of(t) for name, t in watched.items()}
     try:
         with evaluating(model):
             output = model(*given.args, **given.kwargs)
@@ -72,7 +72,7 @@ def _call(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[str]]:
             at=user_line(error),
             fix=f"give inputs the model accepts; these are {_shapes(given)}",
         ) from error
-    written = [name for name, t in watched.items() if t._version != versions[name]]
+    written = [name for name, t in watched.items() if version_of(t) != versions[name]]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], written
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .captured import CapturedModel
 from .computed import dense
@@ -19,6 +18,7 @@ from .export.runtime import OnnxModel
 from .export.tensor_names import named_inputs, named_outputs
 from .inputs import Inputs
 from .precision import full_precision
+from .torch_private import tree_leaves
 from .tracing import evaluating
 
 Model = nn.Module | OnnxModel

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import ModelError
 from .names import tensors
+from .torch_private import buffers_of, children_of, parameters_of
 
 
 def check_model(model: nn.Module) -> None:
@@ -66,7 +67,7 @@ class _Kind:
     names: str
 
     def holds(self, module: nn.Module) -> bool:
-        own = (*module._parameters, *module._buffers, *module._modules)
+        own = (*parameters_of(module), *buffers_of(module), *children_of(module))
         return bool(re.match(self.classes, _path(module))) or any(re.fullmatch(self.names, name) for name in own)
 
 
@@ -121,7 +122,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 def _statistics(model: nn.Module) -> set[str]:
     """Names of buffers that layers normalise with."""
     norms = [(name, m) for name, m in model.named_modules() if hasattr(m, "running_var")]
-    return {".".join(filter(None, (name, key))) for name, m in norms for key in m._buffers}
+    return {".".join(filter(None, (name, key))) for name, m in norms for key in buffers_of(m)}
 
 
 def _check_values(name: str, tensor: Tensor, *, may_mask: bool) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .torch_private import OpOverload, schema_of, storage_of
+
 aten = torch.ops.aten
 
 Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
@@ -25,11 +27,11 @@ def may_alias(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return may_alias(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if not isinstance(node.target, OpOverload) or schema_of(node.target).is_mutable:
         return False
     if node.target in _COPIES_IF_NEEDED:
         return _same_storage(node, node.args[0])
-    return node.target in _ALIASES_IN_EVAL or any(r.alias_info is not None for r in node.target._schema.returns)
+    return node.target in _ALIASES_IN_EVAL or any(r.alias_info is not None for r in schema_of(node.target).returns)
 
 
 def chain_to_base(node: fx.Node) -> Iterator[fx.Node]:
@@ -68,12 +70,12 @@ def _same_storage(a: fx.Node, b: fx.Node) -> bool:
     first, second = a.meta.get("val"), b.meta.get("val")
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return True
-    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
+    return storage_of(first) == storage_of(second)
 
 
 def _same_call(target: Any) -> Inverse:
     """The scatter operator with the view's own arguments, or an operator that is its own inverse."""
-    scatters = len(target._schema.arguments) > 1 and target._schema.arguments[1].name == "src"
+    scatters = len(schema_of(target).arguments) > 1 and schema_of(target).arguments[1].name == "src"
     return lambda graph, base, new, view: graph.call_function(
         target, (*((base, new) if scatters else (new,)), *view.args[1:]), view.kwargs
     )

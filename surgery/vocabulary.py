@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .torch_private import DropoutNd, OpOverload, buffers_of, flat_weights_of, flatten_weights, parameters_of, schema_of
+
 aten = torch.ops.aten
 
 
@@ -26,15 +28,15 @@ class Raised:
 
     def build(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The module holding `tensors` themselves, not copies."""
-        module = self.cls(**self.options, **({} if issubclass(self.cls, nn.modules.dropout._DropoutNd) else _META))
+        module = self.cls(**self.options, **({} if issubclass(self.cls, DropoutNd) else _META))
         for role, tensor in tensors.items():
-            if role in module._buffers:
-                module._buffers[role] = tensor
+            if role in buffers_of(module):
+                buffers_of(module)[role] = tensor
             else:  # in place, so that the order of parameters stays the class's own
                 as_parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
-                module._parameters[role] = as_parameter
+                parameters_of(module)[role] = as_parameter
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+            flatten_weights(module)
         return module
 
 
@@ -141,7 +143,7 @@ def _recurrent(cls: type[nn.RNNBase], **fixed: Any) -> Rule:
         options = {name: getattr(owner, name) for name in names} | fixed
         options |= {"proj_size": owner.proj_size} if cls is nn.LSTM else {}
         options["batch_first"] = a["batch_first"]  # nn.LSTM turns unbatched input into a batch of one itself
-        roles = dict(zip(owner._flat_weights_names, a["params"], strict=True))
+        roles = dict(zip(flat_weights_of(owner), a["params"], strict=True))
         hidden = tuple(a["hx"]) if isinstance(a["hx"], list | tuple) else a["hx"]
         return Raised(cls, options, roles, (a["input"], hidden))
 
@@ -155,7 +157,7 @@ def _dropout(prefix: str) -> Rule:
         )
         if prefix == "Feature":
             cls = getattr(nn, f"Dropout{max(1, a['input'].meta['val'].ndim - 2)}d")
-        if isinstance(owner, nn.modules.dropout._DropoutNd) and type(owner).__module__.startswith("torch.nn"):
+        if isinstance(owner, DropoutNd) and type(owner).__module__.startswith("torch.nn"):
             cls = type(owner)
         return Raised(cls, {"p": a["p"]}, {}, (a["input"],))
 
@@ -198,8 +200,8 @@ class NotRaised(Exception):
 
 def arguments(node: fx.Node) -> Arguments:
     """The call's arguments by their names in the operator's schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
+    assert isinstance(node.target, OpOverload)
+    schema = schema_of(node.target).arguments
     given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
     defaults = {argument.name: argument.default_value for argument in schema}
     return {**defaults, **given, **node.kwargs}

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from surgery import InputError
+from surgery.graph import tree_leaves
 
 
 def distillation(outputs: Any, wanted: Any, temperature: float) -> Tensor:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 import surgery
 from surgery import CapturedModel, Context, PassError, PassReport, Skip
+from surgery.graph import NormBase, tree_map_only
 
 from .accelerating import accelerator
 from .batches import Batches
@@ -189,7 +189,7 @@ def _set_mode(model: CapturedModel, others: set[str], freeze_batchnorm: bool) ->
     """Train, but for layers that are not trained, which neither renew statistics nor drop."""
     model.train()
     for name, module in model.named_modules():
-        if name in others or (freeze_batchnorm and isinstance(module, _NormBase)):
+        if name in others or (freeze_batchnorm and isinstance(module, NormBase)):
             module.eval()
 
 
@@ -202,4 +202,4 @@ def _seeded(context: Context) -> Iterator[None]:
 
 
 def _moved(target: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), target)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), target)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import CapturedModel, Context, Edit, Layer, PassReport, Skip, Statistics
+from surgery.graph import parameters_of, set_parameters
 
 from .fitting import Layout, Problem, fit_outputs
 from .hashing import MOST_LINES, P, Q, constants, lines, looked_up, number_of_values, places
@@ -226,5 +227,5 @@ def _shape(layer: Layer) -> tuple[int, ...]:
 def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """What stands in the place of the module's weight, as (groups, outputs, features)."""
     other: Any = copy.copy(module)
-    other._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    set_parameters(other, {**parameters_of(module), "weight": nn.Parameter(weight, requires_grad=False)})
     return surgery.weight_matrix(other)

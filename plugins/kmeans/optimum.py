@@ -57,7 +57,7 @@ class _Rows:
             return np.concatenate([self._part(g).halved(k) for g in range(self.groups)])
         choices, best = [], self._first()
         for _ in range(k - 1):
-            best, choice = self._next(best)
+            best, choice = self._later(best)
             choices.append(choice.astype(np.int32))
         place: Places = np.full(self.groups, self.size - 1)
         found = [place]
@@ -70,9 +70,9 @@ class _Rows:
         left, right = self, self._mirrored()
         ahead, behind = left._first(), right._first()
         for _ in range(k // 2 - 1):
-            ahead, _ = left._next(ahead)
+            ahead, _ = left._later(ahead)
         for _ in range(k - k // 2 - 1):
-            behind, _ = right._next(behind)
+            behind, _ = right._later(behind)
         middle = int((ahead + behind[:, ::-1]).argmin())
         low = self._part(0, 0, middle + 1).cuts(k // 2)
         high = self._part(0, middle, self.size).cuts(k - k // 2)
@@ -89,7 +89,7 @@ class _Rows:
         totals = (total - total[:, :1] for total in (self.weight, self.moment, self.square))
         return _distortion(*totals)
 
-    def _next(self, best: Array) -> tuple[Array, Places]:
+    def _later(self, best: Array) -> tuple[Array, Places]:
         """D_q from D_{q-1}, with the choice of every place."""
         values, choice = np.zeros_like(best), np.zeros(best.shape, np.int64)
         offset = np.arange(self.groups)[:, None] * self.size

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery import (
@@ -30,6 +29,7 @@ from surgery import (
     Skip,
     Task,
 )
+from surgery.graph import tree_leaves
 
 from .allocation import TOLERANCE
 from .choosing import Chooser, Ladder, shown

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 import surgery
 from surgery import Carrier, Channels, Context
+from surgery.graph import ConvNd
 
 from .watching import calibration, mean_per_unit
 
@@ -48,7 +48,7 @@ def _readings(found: Channels) -> dict[str, dict[int, Carrier]]:
             for reader in carrier.readers:
                 if reader.args[0] is carrier.node:
                     by_node.setdefault(reader, {})[number] = carrier
-    layers = [layer for layer in surgery.layers(found.model) if isinstance(layer.module, nn.Linear | _ConvNd)]
+    layers = [layer for layer in surgery.layers(found.model) if isinstance(layer.module, nn.Linear | ConvNd)]
     places = {layer.name: {n: c for node in layer.nodes for n, c in by_node.get(node, {}).items()} for layer in layers}
     return {name: own for name, own in places.items() if own}
 

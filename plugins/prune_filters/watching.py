@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 import surgery
 from surgery import CapturedModel, Carrier, Channels, Context, InputError, Inputs
+from surgery.graph import tree_map_only
 
 Samples = tuple[Inputs, Any]
 """Arguments of one call, on the device where the model runs, with their target (None without labels)."""

@@ -84,9 +84,9 @@ class BatchnormScale(Criterion):
     """
 
     def scores(self, found: Channels, context: Context) -> list[Tensor]:
-        from torch.nn.modules.batchnorm import _BatchNorm
+        from surgery.graph import BatchNorm
 
-        layers = [layer.module for layer in surgery.layers(found.model) if isinstance(layer.module, _BatchNorm)]
+        layers = [layer.module for layer in surgery.layers(found.model) if isinstance(layer.module, BatchNorm)]
         scales = {id(norm.weight) for norm in layers if norm.weight is not None}
         return [self._of_group(found, group, scales) for group in found.groups]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 import surgery
 from surgery import Affine, CapturedModel, Context, InputError, Inputs, Layer
+from surgery.graph import set_parameters, tree_map_only
 
 Scores = dict[str, Tensor]
 
@@ -81,7 +81,7 @@ def matrix_of(layer: Layer) -> Tensor:
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the weight's shape as (groups, outputs, features)."""
     twin = copy.copy(module)
-    twin._parameters = {"weight": nn.Parameter(weight.detach(), requires_grad=False)}
+    set_parameters(twin, {"weight": nn.Parameter(weight.detach(), requires_grad=False)})
     return surgery.weight_matrix(twin)
 
 

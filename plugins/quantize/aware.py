@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 import surgery
 from surgery import CapturedModel, Context, Layer, PassReport
+from surgery.graph import TO_COPY
 
 from .fitting import Fitted
 from .insertion import input_scale, operators
@@ -121,9 +122,9 @@ def _multiples(graph: fx.Graph, bias: fx.Node, scale: fx.Node, factor: float) ->
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return graph.call_function(target, args, kwargs)
 
-    exact, step = (call(aten._to_copy.default, node, dtype=torch.float64) for node in (bias, scale))
+    exact, step = (call(TO_COPY.default, node, dtype=torch.float64) for node in (bias, scale))
     integers = call(aten.round.default, call(aten.div.Tensor, exact, call(aten.mul.Tensor, step, factor)))
-    short = call(aten._to_copy.default, integers, dtype=torch.float32)
+    short = call(TO_COPY.default, integers, dtype=torch.float32)
     value = call(aten.detach.default, call(aten.mul.Tensor, short, call(aten.mul.Tensor, scale, factor)))
     return _with_gradient(graph, value, bias)
 

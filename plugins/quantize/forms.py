@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery import CapturedModel
+from surgery.graph import tree_leaves
 
 from .placement import kind
 

@@ -15,15 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators)
 
 import surgery
 from surgery import CapturedModel, Layer
+from surgery.graph import parameters_of, register_decomposed
 
 from .placement import HARDSIGMOID, Placement
 from .scheme import Scheme, hardsigmoid_terms
 from .shared import Rounded
 
+register_decomposed()
 operators = torch.ops.quantized_decomposed
 BIAS_STEPS = 2**30
 """An int32 bias keeps to this, which leaves room for the sum it is added to."""
@@ -115,7 +116,7 @@ def _set_bias(model: CapturedModel, node: fx.Node, name: str, integers: Tensor, 
     graph = model.graph
     path, _, leaf = name.rpartition(".")
     home = model.get_submodule(path)
-    home._parameters.pop(leaf, None)
+    parameters_of(home).pop(leaf, None)
     home.register_buffer(leaf, integers)
     with graph.inserting_before(node):
         scales = graph.call_function(torch.ops.aten.mul.Tensor, (weight_scale, input_scale(node)))

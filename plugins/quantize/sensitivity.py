@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery import CapturedModel, Context, Layer
+from surgery.graph import tree_leaves
 
 from .placement import Placement
 from .scheme import Scheme

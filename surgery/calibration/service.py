@@ -22,6 +22,7 @@ from ..errors import PluginError
 from ..graph import Layer
 from ..inputs import Inputs
 from ..names import tensors
+from ..torch_private import version_of
 from ..tracing import evaluating
 from .batches import checked_batches
 from .collect import Collector, Gatherer, Item, Statistics, Want, gram_bytes, placed
@@ -161,12 +162,12 @@ class _Version:
 
     def __init__(self, model: CapturedModel) -> None:
         self._text = _text(model)
-        self._tensors = {name: (weakref.ref(t), t._version) for name, t in tensors(model).items()}
+        self._tensors = {name: (weakref.ref(t), version_of(t)) for name, t in tensors(model).items()}
 
     def matches(self, model: CapturedModel) -> bool:
         now = tensors(model)
         same = now.keys() == self._tensors.keys() and self._text == _text(model)
-        return same and all(ref() is now[name] and now[name]._version == v for name, (ref, v) in self._tensors.items())
+        return same and all(ref() is now[n] and version_of(now[n]) == v for n, (ref, v) in self._tensors.items())
 
 
 def _text(model: CapturedModel) -> tuple[str, ...]:

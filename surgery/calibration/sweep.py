@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_leaves
 
 from ..captured import CapturedModel
 from ..errors import PluginError
 from ..graph import Layer, leaf_inputs
 from ..inputs import Inputs
 from ..operands import constants
+from ..torch_private import tree_leaves
 from ..tracing import evaluating
 from .aims import Aim, target_of
 from .moments import Moments, Regression, Scatter

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..torch_private import ConvNd, ConvTransposeNd, padding_of
 
 
 def can_unfold(module: nn.Module) -> bool:
     """Whether `module` is a matrix product on its unfolded input."""
-    return isinstance(module, nn.Linear | _ConvNd)
+    return isinstance(module, nn.Linear | ConvNd)
 
 
 def groups_and_features(module: nn.Module) -> tuple[int, int]:
     """Number of groups, and features of the unfolded input per group."""
-    if isinstance(module, _ConvNd):
+    if isinstance(module, ConvNd):
         return module.groups, module.in_channels // module.groups * prod(module.kernel_size)
     assert isinstance(module, nn.Linear)
     return 1, module.in_features
@@ -35,14 +36,14 @@ def groups_and_features(module: nn.Module) -> tuple[int, int]:
 
 def channel_dim(module: nn.Module) -> int:
     """Dimension of the channels in input and output, counted from the end."""
-    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+    return -1 - len(module.kernel_size) if isinstance(module, ConvNd) else -1
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """W (groups, outputs, features), a view of the weight where that is possible."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         grouped = weight.reshape(module.groups, -1, *weight.shape[1:])  # (groups, inputs, outputs, *kernel)
         return grouped.transpose(1, 2).flatten(2)
     groups, features = groups_and_features(module)
@@ -53,7 +54,7 @@ def weight_from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
     """A weight for `module` from W (groups, outputs, features); inverse of `weight_matrix`."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         grouped = matrix.reshape(*matrix.shape[:2], -1, *module.kernel_size).transpose(1, 2)
         return grouped.flatten(0, 1).contiguous()
     return matrix.reshape(weight.shape).contiguous()
@@ -63,7 +64,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     """Outputs of `module`, or values of the same shape, as (groups, rows, outputs), rows as `unfold` orders them."""
     if isinstance(module, nn.Linear):
         return y.reshape(1, -1, y.shape[-1])
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvNd)
     y = _batched(y, len(module.kernel_size)).movedim(1, -1)  # (batch, *positions, channels)
     return y.reshape(-1, module.groups, y.shape[-1] // module.groups).transpose(0, 1)
 
@@ -74,7 +75,7 @@ def unfold(module: nn.Module, x: Tensor, limit: int) -> Iterator[Tensor]:
         rows = x.reshape(1, -1, x.shape[-1])
         yield from torch.split(rows, max(1, limit // (rows.shape[-1] * x.element_size())), dim=1)
         return
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvNd)
     x, stride = _padded(module, _batched(x, len(module.kernel_size)))
     reach = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     positions = [(size - r) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
@@ -88,11 +89,11 @@ def unfold(module: nn.Module, x: Tensor, limit: int) -> Iterator[Tensor]:
             yield _windows(module, slab, stride, [stop - start, *positions[1:]])
 
 
-def _windows(module: _ConvNd, x: Tensor, stride: tuple[int, ...], positions: list[int]) -> Tensor:
+def _windows(module: ConvNd, x: Tensor, stride: tuple[int, ...], positions: list[int]) -> Tensor:
     """Rows of the padded input `x` for `positions` outputs per dimension; one copy per kernel offset keeps it fast."""
     groups, features = groups_and_features(module)
     offsets = list(product(*map(range, module.kernel_size)))
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         offsets.reverse()
     windows = x.new_empty(x.shape[1], len(offsets), x.shape[0], *positions)
     for i, offset in enumerate(offsets):
@@ -112,17 +113,17 @@ def _batched(x: Tensor, rank: int) -> Tensor:
     return x if x.ndim == rank + 2 else x.unsqueeze(0)
 
 
-def _padded(module: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _padded(module: ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input with its padding in place, and the stride at which windows are then taken."""
     rank = len(module.kernel_size)
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         ends = []
         for axis in reversed(range(rank)):
             assert not isinstance(module.padding, str)
             full = (module.kernel_size[axis] - 1) * module.dilation[axis] - module.padding[axis]
             ends += [full, full + module.output_padding[axis]]
         return F.pad(_spread(x, module.stride), ends), (1,) * rank
-    return F.pad(x, module._reversed_padding_repeated_twice), module.stride
+    return F.pad(x, padding_of(module)), module.stride
 
 
 def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map_only
 
+from ..torch_private import tree_map_only
 from .call import Call
 from .movement import operator_name
 from .values import Axis, Value, values_in

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..torch_private import ConvNd, ConvTransposeNd
 from .arithmetic import elementwise
 from .call import Call
 from .values import Axis, Value
@@ -21,8 +21,8 @@ from .values import Axis, Value
 def convolution(call: Call) -> Any:
     """nn.Conv1d … nn.ConvTranspose3d, and the operators on a weight that is a value."""
     module = call.module
-    if isinstance(module, _ConvNd):
-        transposed = isinstance(module, _ConvTransposeNd)
+    if isinstance(module, ConvNd):
+        transposed = isinstance(module, ConvTransposeNd)
         weight, bias, groups = call.parameter("weight", 0, 1), call.parameter("bias", 0), module.groups
     else:
         transposed = "transpose" in str(call.node.target)

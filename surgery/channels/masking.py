@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from ..captured import CapturedModel, relative_error
 from ..graph import Recorder, leaf_inputs, shape
 from ..inputs import Inputs
 from ..names import tensors
+from ..torch_private import tree_leaves
 from ..tracing import evaluating
 from ..vocabulary import arguments
 from .values import Value

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..torch_private import schema_of, tree_leaves, tree_map
 from .call import Call, Heads
 from .values import Axis, Value
 
@@ -151,7 +151,7 @@ def _rigid_at(call: Call, dims: set[int], rule: Any) -> Any:
 
 
 def operator_name(call: Call) -> str:
-    schema = getattr(call.node.target, "_schema", None)
+    schema = schema_of(call.node.target)
     return str(schema.name if schema else call.node.target)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..captured import CapturedModel
+from ..torch_private import buffers_of, parameters_of
 from .rules import find
 from .shrinking import Shrinking
 from .shuffling import replace_shuffle
@@ -55,7 +56,7 @@ def _slice_tensors(model: CapturedModel, walk: Walk, alive: Tensor) -> None:
             kept.setdefault(key, []).append((dim, torch.nonzero(marks).reshape(-1)))
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        for store in (parameters_of(module), buffers_of(module)):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) in kept:
                     if id(tensor) not in made:

@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..torch_private import BatchNorm, ConvNd, DropoutNd, InstanceNorm
 from ..tracing import first_line
 from . import arithmetic, layers, movement, shrinking
 from .call import Call, Rule
@@ -41,18 +38,18 @@ def _table(rules: Iterable[tuple[Rule, str]]) -> dict[Any, Rule]:
 
 
 _READ: dict[Any, Rule] = {
-    _ConvNd: layers.convolution,
+    ConvNd: layers.convolution,
     nn.Linear: layers.linear,
     nn.Bilinear: layers.bilinear,
     nn.Embedding: layers.embedding,
-    _BatchNorm: layers.normalised_per_channel,
-    _InstanceNorm: layers.normalised_per_channel,
+    BatchNorm: layers.normalised_per_channel,
+    InstanceNorm: layers.normalised_per_channel,
     nn.PReLU: layers.prelu,
     nn.LayerNorm: layers.layer_norm,
     nn.RMSNorm: layers.layer_norm,
     nn.GroupNorm: layers.group_norm,
     nn.RNNBase: layers.recurrent,
-    _DropoutNd: arithmetic.same,
+    DropoutNd: arithmetic.same,
 } | _table(
     (
         (layers.convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),

@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
 
 from ..captured import CapturedModel
+from ..torch_private import (
+    UNSAFE_VIEW,
+    BatchNorm,
+    ConvNd,
+    ConvTransposeNd,
+    InstanceNorm,
+    OpOverload,
+    schema_of,
+    tree_leaves,
+)
 from ..vocabulary import arguments
 from .values import Value
 
@@ -73,8 +79,8 @@ class Shrinking:
     def set(self, name: str, new: Any) -> None:
         """An argument of the operator by its name in the schema."""
         target = self.node.target
-        assert isinstance(target, torch._ops.OpOverload)
-        names = [a.name for a in target._schema.arguments]
+        assert isinstance(target, OpOverload)
+        names = [a.name for a in schema_of(target).arguments]
         place = names.index(name)
         if place < len(self.node.args):
             self.node.update_arg(place, new)
@@ -86,7 +92,7 @@ Shrink = Callable[[Shrinking], None]
 
 
 def _convolution(call: Shrinking) -> None:
-    weight, transposed = call.module.weight, isinstance(call.module, _ConvTransposeNd)
+    weight, transposed = call.module.weight, isinstance(call.module, ConvTransposeNd)
     groups = _groups(call, weight, transposed)
     given, taken = (
         (weight.shape[1] * groups, weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1] * groups)
@@ -215,18 +221,18 @@ def _functional_group_norm(call: Shrinking) -> None:
 
 
 RULES: dict[Any, Shrink] = {
-    _ConvNd: _convolution,
+    ConvNd: _convolution,
     nn.Linear: _linear,
     nn.Bilinear: _bilinear,
     nn.Embedding: _embedding,
-    _BatchNorm: _features,
-    _InstanceNorm: _features,
+    BatchNorm: _features,
+    InstanceNorm: _features,
     nn.LayerNorm: _normalised_shape,
     nn.RMSNorm: _normalised_shape,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
     aten.view: _sizes("size"),
-    aten._unsafe_view: _sizes("size"),
+    UNSAFE_VIEW: _sizes("size"),
     aten.reshape: _sizes("shape"),
     aten.expand: _sizes("size"),
     aten.unflatten: _unflatten,

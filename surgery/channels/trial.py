@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..torch_private import OpOverload, schema_of, tree_leaves, tree_map_only
 from .call import Call
 from .values import Axis, Value, values_in
 
@@ -68,11 +68,11 @@ class Found:
 def can_be_tried(call: Call) -> bool:
     """Whether it is an operator of PyTorch's own that gives the same on the same tensors, which are not too large."""
     target = call.node.target
-    if call.module is not None or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if call.module is not None or not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable or call.computed:
+    if torch.Tag.nondeterministic_seeded in target.tags or schema_of(target).is_mutable or call.computed:
         return False
-    name = target._schema.name.removeprefix("aten::")
+    name = schema_of(target).name.removeprefix("aten::")
     if any(_is_whole(value) for value in values_in(call.arguments)) and not name.startswith(_CHECKS_INDICES):
         return False  # it may read or write anywhere in memory
     return sum(torch.Size(value.shape).numel() for value in values_in([call.arguments, call.result])) <= LIMIT

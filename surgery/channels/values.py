@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from ..torch_private import tree_map_only
 
 
 @dataclass(frozen=True)

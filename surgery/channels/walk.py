@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ..captured import CapturedModel
 from ..graph import layers
 from ..names import get_attribute, tensors
+from ..torch_private import OpOverload, tree_leaves, tree_map, tree_map_only
 from ..vocabulary import arguments
 from .arithmetic import unknown
 from .call import Call, Facts, Heads, parameter_value
@@ -82,7 +82,7 @@ class Walk:
         module, layer = None, self._layers.get(node, node.name)
         if node.op == "call_module":
             module, layer = self.model.get_submodule(str(node.target)), str(node.target)
-        named = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else _in_order(node)
+        named = arguments(node) if isinstance(node.target, OpOverload) else _in_order(node)
         known = tree_map_only(fx.Node, self.values.__getitem__, named)
         computed = frozenset(name for name, value in named.items() if any(map(_is_number, _nodes(value))))
         return Call(node, known, rigid_result(node), module, layer, self.facts, self._heads.get(node), computed)

@@ -8,11 +8,11 @@ from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..data import Data
 from ..errors import InputError
 from ..inputs import Inputs
+from ..torch_private import tree_leaves
 from .options import PRESETS, Colours, Options
 
 KEPT_BYTES = 256 * 2**20

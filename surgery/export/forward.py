@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from ..captured import CapturedModel
+from ..torch_private import codegen_of, tree_leaves
 from .layout import Layout
 from .literals import WIDTH, literal, quoted
 from .naming import Pattern, Statement, Values, bound_nodes, name_values
@@ -36,7 +36,7 @@ class Forward:
         self.base, self.base_text = "", "self"
         outputs = self.values.output.args[0]
         assert isinstance(outputs, tuple | list)
-        out_spec = model.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+        out_spec = codegen_of(model.graph).pytree_info.out_spec
         self.result = Result(out_spec, [literal(value, self.operand) for value in outputs])
 
     def lines(self) -> Iterator[str]:

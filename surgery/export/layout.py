@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constructors import constructor, enclosing, leaf_modules, shortest, takes
+from ..torch_private import buffers_of, children_of, parameters_of, transient_of
 from .literals import literal, quoted
 
 # Layers up to which a container reads as one block.
@@ -73,7 +74,7 @@ class Layout:
         name, text = base, base_text
         rest = path[len(base) :].removeprefix(".")
         for part in rest.split(".") if rest else []:
-            is_module = name in self.containers and part in self.containers[name]._modules
+            is_module = name in self.containers and part in children_of(self.containers[name])
             if is_module and name in self.keyed:
                 text = f"{text}[{quoted(part)}]"
             elif plain_name(part):
@@ -99,7 +100,7 @@ class Layout:
         text = self.text(name, base, base_text)
         yield from _tensor_lines(self.containers[name], text, frozen)
         below_block = False
-        for key, child in self.containers[name]._modules.items():
+        for key, child in children_of(self.containers[name]).items():
             path = f"{name}.{key}" if name else key
             is_block = not name and path in self.containers
             if is_block or below_block:
@@ -145,7 +146,7 @@ def ties(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     further: dict[str, str] = {}
     for owner, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
             name = f"{owner}.{key}" if owner else key
             if tensor is not None and first.setdefault(id(tensor), name) != name:
                 further[name] = first[id(tensor)]
@@ -181,27 +182,27 @@ def class_text(cls: type[nn.Module]) -> str:
 
 def _needs_keys(module: nn.Module) -> bool:
     """Whether the container must be a ModuleDict, and can be one."""
-    names = [*module._modules, *module._parameters, *module._buffers]
-    odd = any(not plain_name(name) for name in module._modules)
+    names = [*children_of(module), *parameters_of(module), *buffers_of(module)]
+    odd = any(not plain_name(name) for name in children_of(module))
     return odd and not any(hasattr(nn.ModuleDict, name) for name in names)
 
 
 def _is_list(container: nn.Module) -> bool:
     """Whether it holds a series of containers named by numbers."""
-    numbered = [key for key, child in container._modules.items() if key.isdigit() and type(child) is nn.Module]
+    numbered = [key for key, child in children_of(container).items() if key.isdigit() and type(child) is nn.Module]
     return len(numbered) > 1
 
 
 def _tensor_lines(container: nn.Module, text: str, frozen: bool) -> Iterator[str]:
-    for key, parameter in container._parameters.items():
+    for key, parameter in parameters_of(container).items():
         if parameter is not None:
             free = parameter.requires_grad or (frozen and parameter.is_floating_point())
             value = f"nn.Parameter({_zeros(parameter)}{'' if free else ', requires_grad=False'})"
             odd = f"{text}.register_parameter({quoted(key)}, {value})"
             yield f"{text}.{key} = {value}" if plain_name(key) else odd
-    for key, buffer in container._buffers.items():
+    for key, buffer in buffers_of(container).items():
         if buffer is not None:
-            option = ", persistent=False" if key in container._non_persistent_buffers_set else ""
+            option = ", persistent=False" if key in transient_of(container) else ""
             yield f"{text}.register_buffer({quoted(key)}, {_zeros(buffer)}{option})"
 
 

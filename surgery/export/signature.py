@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._pytree import (
-    GetAttrKey,
-    MappingKey,
-    SequenceKey,
-    TreeSpec,
-    is_namedtuple_class,
-    tree_flatten_with_path,
-)
 
 from ..captured import CapturedModel
 from ..errors import ExportError
 from ..state.structure import keys_of
+from ..torch_private import (
+    GetAttrKey,
+    MappingKey,
+    SequenceKey,
+    TreeSpec,
+    codegen_of,
+    is_namedtuple_class,
+    tree_flatten_with_path,
+)
 from .layout import plain_name
 from .literals import literal
 from .tensor_names import fresh
@@ -30,7 +31,7 @@ class Arguments:
     """The arguments of `forward`, the name of each tensor in them, and the lines that take nested ones apart."""
 
     def __init__(self, model: CapturedModel, used: set[fx.Node]) -> None:
-        info = model.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        info = codegen_of(model.graph).pytree_info
         leaves, _ = tree_flatten_with_path((model.inputs.args, model.inputs.kwargs))
         placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
         self.names: list[str] = list(info.orig_args)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
@@ -29,6 +28,7 @@ from ..process import exclusive
 from ..sizes import check_inputs, number_kind
 from ..state.files import write_tensors
 from ..state.write import named_tensors, weights_of
+from ..torch_private import tree_leaves
 from .embed import embed
 from .forward import Forward
 from .layout import Layout, class_text

@@ -9,11 +9,11 @@ import ast
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..errors import ExportError
 from ..state.encoding import encode_target
+from ..torch_private import OpOverload, schema_of
 from .literals import literal, tight
 from .spellings import templates
 from .subscripts import SUBSCRIPTS, Operand, is_tensor
@@ -50,7 +50,7 @@ def spell(node: fx.Node, operand: Operand) -> str:
         ExportError: the function is no operator that torch alone provides.
     """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _operator(node, target, operand)
     texts = [literal(argument, operand) for argument in node.args]
     if target is operator.getitem:
@@ -66,7 +66,7 @@ def spell(node: fx.Node, operand: Operand) -> str:
         ) from error
 
 
-def _operator(node: fx.Node, target: torch._ops.OpOverload, operand: Operand) -> str:
+def _operator(node: fx.Node, target: OpOverload, operand: Operand) -> str:
     special = SUBSCRIPTS.get(str(target))
     text = special(node, operand) if special else None
     template = templates().get(str(target).removeprefix("aten.")) if text is None else None
@@ -75,7 +75,7 @@ def _operator(node: fx.Node, target: torch._ops.OpOverload, operand: Operand) ->
     return text or _plain_call(node, target, operand)
 
 
-def _plain_call(node: fx.Node, target: torch._ops.OpOverload, operand: Operand) -> str:
+def _plain_call(node: fx.Node, target: OpOverload, operand: Operand) -> str:
     if target.namespace not in ("aten", "prims", "quantized_decomposed"):
         raise ExportError(
             f"node {node.name} calls {target}, an operator that plain torch does not have",
@@ -93,8 +93,8 @@ class _CannotSay(Exception):
 class _Call:
     """Arguments of one operator call by name, and which of them the template has used."""
 
-    def __init__(self, node: fx.Node, target: torch._ops.OpOverload, operand: Operand) -> None:
-        self.schema = {argument.name: argument for argument in target._schema.arguments}
+    def __init__(self, node: fx.Node, target: OpOverload, operand: Operand) -> None:
+        self.schema = {argument.name: argument for argument in schema_of(target).arguments}
         self.values = dict(zip(self.schema, node.args, strict=False)) | dict(node.kwargs)
         self.operand = operand
         self.used: set[str] = set()
@@ -128,7 +128,7 @@ class _Call:
         return [name for name in rest if name not in _UNSPOKEN or self.values[name] != _UNSPOKEN[name]]
 
 
-def _fill(template: ast.expr, node: fx.Node, target: torch._ops.OpOverload, operand: Operand) -> str | None:
+def _fill(template: ast.expr, node: fx.Node, target: OpOverload, operand: Operand) -> str | None:
     call = _Call(node, target, operand)
     receiver = call.values.get("self")
     if "self" in call.schema and not is_tensor(receiver) and not isinstance(template, ast.Call):

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from ..torch_private import OpOverload
 from .literals import literal, tight
 
 Operand = Callable[[Any], str]
@@ -24,7 +24,7 @@ def is_scalar(node: fx.Node) -> bool:
     """Whether the node's value is a Python number: a size, or arithmetic on sizes."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).startswith(("aten.sym_size", "aten.sym_numel", "aten.sym_stride"))
     return True
 

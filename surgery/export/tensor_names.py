@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
 from ..inputs import Inputs
+from ..torch_private import MappingKey, SequenceKey, tree_flatten_with_path
 
 if TYPE_CHECKING:
     import onnx_ir as ir

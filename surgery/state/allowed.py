@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..constructors import class_path, leaf_modules
+from ..torch_private import OpOverload, OpOverloadPacket, has_kernel, register_decomposed, schema_of
 from .encoding import python_function
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _described_by(model: fx.GraphModule) -> Iterable[Any]:
 
 def _named(found: Iterable[Any]) -> Iterable[tuple[str, Any]]:
     for thing in found:
-        if isinstance(thing, torch._ops.OpOverloadPacket):
+        if isinstance(thing, OpOverloadPacket):
             yield from ((str(overload), overload) for overload in (getattr(thing, name) for name in thing.overloads()))
         elif isinstance(thing, type) and issubclass(thing, nn.Module):
             yield f"{thing.__module__}:{thing.__qualname__}", thing
@@ -84,18 +85,18 @@ def _of_torch(text: str) -> Callable[..., Any] | None:
     if namespace not in _NAMESPACES or name.startswith("_op") or not (name.isidentifier() and overload.isidentifier()):
         return None
     if namespace == "quantized_decomposed":
-        from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers its operators)
+        register_decomposed()
     function = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-    return function if isinstance(function, torch._ops.OpOverload) and _computes(function) else None
+    return function if isinstance(function, OpOverload) and _computes(function) else None
 
 
-def _computes(function: torch._ops.OpOverload) -> bool:
+def _computes(function: OpOverload) -> bool:
     """Whether calling it does nothing but give a result."""
-    schema = function._schema
+    schema = schema_of(function)
     writes = schema.is_mutable or any(argument.name == "filename" for argument in schema.arguments)
     return bool(schema.returns) and not writes and _has_kernel(function)
 
 
-def _has_kernel(function: torch._ops.OpOverload) -> bool:
+def _has_kernel(function: OpOverload) -> bool:
     """Whether the dispatcher runs it: what only TorchScript has may do anything."""
-    return torch._C._dispatch_has_kernel(function.name())
+    return has_kernel(function)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..torch_private import OpOverload
+
 _OPERATORS = {
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "pow", "abs", "lshift", "rshift"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "not_"),
@@ -78,7 +80,7 @@ def encode_target(target: Any) -> str:
     Raises:
         TypeError: a function that is none of an operator overload, Python arithmetic, or an operation on sizes.
     """
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     name = str(getattr(target, "__name__", ""))
     for prefix in ("operator", "math", "torch"):

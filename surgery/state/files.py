@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..torch_private import buffers_of, parameters_of
 from .form import DEEPEST, FILES, LONGEST_NAME, VERSION
 
 _READ = 1 << 20
@@ -92,7 +93,7 @@ def check_names(names: Iterable[str]) -> None:
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers in the order of the modules, a module that is there twice under its first name."""
     for owner, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
             if tensor is not None:
                 yield f"{owner}.{key}" if owner else key, tensor
 

@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import _PyTreeInfo
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ..captured import CallCodeGen, CapturedModel, CaptureInfo
 from ..constructors import build, leaf_modules, parameters
 from ..errors import RunError
 from ..graph import propagate
 from ..inputs import Inputs
+from ..torch_private import (
+    TreeInfo,
+    TreeSpec,
+    buffers_of,
+    codegen_of,
+    namespace_of,
+    parameters_of,
+    tree_leaves,
+    tree_unflatten,
+)
 from ..tracing import first_line
 from .allowed import Known
 from .encoding import decode
@@ -71,7 +79,7 @@ def load_state(folder: str | Path, known: Known | None = None, containers: Conta
 
 def containers_of(model: CapturedModel) -> tuple[TreeSpec, TreeSpec]:
     """How its arguments and outputs are nested."""
-    info = model.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = codegen_of(model.graph).pytree_info
     return info.in_spec, info.out_spec
 
 
@@ -87,8 +95,8 @@ def use_containers(model: CapturedModel, inputs: TreeSpec, outputs: TreeSpec) ->
     leaves = tree_leaves((info.inputs.args, info.inputs.kwargs))
     args, kwargs = tree_unflatten(leaves, inputs)
     model.meta["capture"] = replace(info, inputs=Inputs(args, kwargs))
-    names = model.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-    model.graph.set_codegen(CallCodeGen(_PyTreeInfo(names, inputs, outputs)))
+    names = codegen_of(model.graph).pytree_info.orig_args
+    model.graph.set_codegen(CallCodeGen(TreeInfo(names, inputs, outputs)))
     model.recompile()
 
 
@@ -230,7 +238,7 @@ def _place_tensor(owner: nn.Module, key: str, tensor: Tensor, record: TensorReco
         else:
             owner.register_buffer(key, tensor, persistent=record.persistent)
         return
-    store: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
+    store: dict[str, Any] = parameters_of(owner) if is_parameter else buffers_of(owner)
     if getattr(store.get(key), "shape", None) != tensor.shape:
         raise ValueError(f"{type(owner).__name__} has no {record.kind} of shape {tuple(tensor.shape)} here")
     if is_parameter:
@@ -265,8 +273,10 @@ def _restore_graph(model: nn.Module, document: Document, known: Known) -> fx.Gra
     with _place("names, inputs and outputs"):
         graph.set_codegen(CallCodeGen(_restore_signature(document, graph)))
     if used := document.used_names:
-        graph._graph_namespace._used_names |= set(used.gone)
-        graph._graph_namespace._base_count = dict(used.counts)
+        names, counts = namespace_of(graph)
+        names.update(used.gone)
+        counts.clear()
+        counts.update(used.counts)
     return graph
 
 
@@ -282,7 +292,7 @@ def _target(record: NodeRecord, known: Known, layers: Collection[str], tensors: 
     return record.target
 
 
-def _restore_signature(document: Document, graph: fx.Graph) -> _PyTreeInfo:
+def _restore_signature(document: Document, graph: fx.Graph) -> TreeInfo:
     inputs, outputs = decode_structure(document.inputs), decode_structure(document.outputs)
     ops = [node.op for node in graph.nodes]
     count = ops.count("placeholder")
@@ -292,7 +302,7 @@ def _restore_signature(document: Document, graph: fx.Graph) -> _PyTreeInfo:
     if inputs.num_leaves != count or outputs.num_leaves != len(results):
         raise ValueError("inputs or outputs do not match their structure")
     check_signature(inputs, document.names)
-    return _PyTreeInfo(list(document.names), inputs, outputs)
+    return TreeInfo(list(document.names), inputs, outputs)
 
 
 def check_signature(inputs: TreeSpec, names: list[str]) -> None:

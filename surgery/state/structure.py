@@ -18,8 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from torch.utils._pytree import TreeSpec, is_namedtuple_class, tree_structure
-
+from ..torch_private import TreeSpec, is_namedtuple_class, tree_structure
 from .encoding import decode, encode
 
 _DEEPEST = 32

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..captured import CapturedModel, CaptureInfo
 from ..constructors import class_path, constructor, enclosing, leaf_modules
 from ..errors import ExportError
+from ..torch_private import TreeCodeGen, TreeSpec, codegen_of, namespace_of, transient_of, tree_flatten
 from .encoding import encode, encode_target
 from .files import check_names, digest, own_tensors, sync, write_tensors
 from .form import (
@@ -114,7 +113,7 @@ def _tensors(model: nn.Module) -> Iterator[TensorRecord]:
             fields |= {"requires_grad": tensor.requires_grad}
         else:
             owner, _, key = name.rpartition(".")
-            persistent = key not in model.get_submodule(owner)._non_persistent_buffers_set
+            persistent = key not in transient_of(model.get_submodule(owner))
             fields |= {"kind": "buffer", "persistent": persistent}
         if first[id(tensor)] != name:
             fields["same_as"] = first[id(tensor)]
@@ -163,8 +162,8 @@ def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _signature(graph: fx.Graph) -> tuple[list[str], TreeSpec]:
     """Names of the arguments, and how the outputs are nested."""
-    codegen = graph._codegen
-    if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
+    codegen = codegen_of(graph)
+    if not isinstance(codegen, TreeCodeGen) or codegen.pytree_info.out_spec is None:
         raise ExportError("the graph does not say how its inputs and outputs are nested", fix="capture the model")
     return list(codegen.pytree_info.orig_args), codegen.pytree_info.out_spec
 
@@ -180,6 +179,6 @@ def _structure(spec: TreeSpec) -> Any:
 
 
 def _used_names(graph: fx.Graph) -> UsedNames:
-    namespace = graph._graph_namespace
+    names, counts = namespace_of(graph)
     present = {node.name for node in graph.nodes}
-    return UsedNames(gone=sorted(namespace._used_names - present), counts=dict(sorted(namespace._base_count.items())))
+    return UsedNames(gone=sorted(names - present), counts=dict(sorted(counts.items())))

@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..captured import relative_error
 from ..export.onnx import export_onnx
@@ -16,6 +15,7 @@ from ..inputs import Inputs
 from ..loading import load
 from ..parity import parity
 from ..state import Known, load_state, save_state
+from ..torch_private import tree_leaves
 from .integers import wide_integers
 from .trial import Trial, assert_same_outputs, description, first_difference, flat_outputs, state_of
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ..captured import CapturedModel, relative_error
 from ..context import Context
 from ..data import Data
 from ..names import tensors
 from ..passes import Pass, PassReport
+from ..torch_private import tree_flatten
 from .network import Network
 
 
