@@ -140,7 +140,7 @@ def test_data_that_does_not_do_is_refused_with_a_remedy():
         ([X], "labels", "needs labels"),
         (Data(training=[X]), None, "training batch 0"),
         (Data(training=[]), None, "no batches"),
-        ([X[:, :2]], None, r"input input is float32 \(8, 2\)"),
+        ([X[:, :2]], None, "dimension 1 is fixed at 4, and input input has 2"),
         ([X * float("nan")], None, "NaN"),
         (Data(training=[(X, torch.zeros(3))]), None, "no cross-entropy"),
         (Data(training=[(X, torch.full((8,), 3))]), None, "label 3, the model's output has the classes 0 to 2"),

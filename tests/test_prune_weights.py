@@ -427,10 +427,9 @@ def test_constant_weights_lose_their_share_and_weights_of_zero_are_done(criterio
 
 
 def test_weights_of_nan_are_an_error_that_names_the_layer_and_leaves_the_model() -> None:
-    model = net()
+    before = capture(net(), images()[0][:2])
     with torch.no_grad():
-        model.up.weight[0, 0, 0, 0] = float("nan")
-    before = capture(model, images()[0][:2])
+        before.get_parameter("up.weight")[0, 0, 0, 0] = float("nan")
     kept = before.get_parameter("stem.weight").clone()
     with pytest.raises(PassError, match="up: its weight holds NaN or infinity"):
         PruneWeights()(before, Context(before))
