@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .captured import CapturedModel
 from .contract import snapshot
 from .errors import PluginError
-from .graph import Layer, layers, remove_unused, weight_expression
+from .graph import MUCH, Layer, held_bytes, layers, remove_unused, weight_expression
 from .names import get_attribute, set_module, submodule
 from .operands import evaluate, lowered
 from .replacement import erase, release, replace_layer
@@ -92,9 +92,10 @@ def _leaf(name: str, among: Sequence[str]) -> str:
 
 
 def dense(model: CapturedModel) -> CapturedModel:
-    """`model` itself, or a copy where it computes weights: they are ordinary ones of ordinary layers there. The outputs
-    are the same bit for bit."""
-    if not any(layer.computed for layer in layers(model)):
+    """`model` itself, or a copy where it computes weights that do not take much room: they are ordinary ones of
+    ordinary layers there. The outputs are the same bit for bit."""
+    weights = [layer.weight_node for layer in layers(model) if layer.computed]
+    if not weights or held_bytes(node for node in weights if node is not None) >= MUCH:
         return model
     copied = snapshot(model)
     for layer in [layer for layer in layers(copied) if layer.computed]:
@@ -119,7 +120,8 @@ def _traced(layer: Layer, function: Callable[..., Tensor], tensors: Mapping[str,
 
     try:
         values = [tensor.detach() for tensor in tensors.values()]
-        graph: fx.Graph = make_fx(positional, pre_dispatch=True)(*values).graph
+        tracer = make_fx(positional, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph: fx.Graph = tracer(*values).graph  # of shapes alone: what real values give would stay for long
     except Exception as error:
         raise PluginError(f"the weight cannot be computed: {error}", at=layer.name, fix=_REMEDY) from error
     for node in graph.nodes:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -164,12 +165,13 @@ def leaf_inputs(inputs: Inputs) -> list[Any]:
 class Recorder(fx.Interpreter):
     """Runs a captured graph and shows every node's value to `see(node, value)`.
 
-    What no input decides is computed in the first run only: edit no weight between two runs.
+    What no input decides is computed in the first run only, unless it takes much room: edit no weight between two runs.
     """
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
-        self._constants = {node for node in constants(model.graph) if node.op != "get_attr"}
+        found = {node for node in constants(model.graph) if node.op != "get_attr"}
+        self._constants = found if held_bytes(n for n in found if not found.issuperset(n.users)) < MUCH else set()
         self._known: dict[fx.Node, Any] = {}
 
     def see(self, node: fx.Node, value: Any) -> None:
@@ -188,7 +190,21 @@ class Recorder(fx.Interpreter):
             return self.run(*leaf_inputs(inputs), enable_io_processing=False)
 
 
+MUCH = 256 * 2**20
+"""Bytes of computed weights that are rather computed at every run than kept beside the model."""
+
+
+def held_bytes(nodes: Iterable[fx.Node]) -> int:
+    """What the results of `nodes` take, as far as their shapes are known."""
+    metas = tree_leaves([n.meta.get("tensor_meta") for n in nodes], is_leaf=lambda m: isinstance(m, TensorMetadata))
+    return sum(prod(m.shape) * m.dtype.itemsize for m in metas if isinstance(m, TensorMetadata))
+
+
 class _Shapes(Recorder):
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self._constants = set()  # it runs once
+
     def see(self, node: fx.Node, value: Any) -> None:
         node.meta.pop("val", None)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):

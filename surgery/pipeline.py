@@ -25,6 +25,7 @@ from .export.source import export_source
 from .inputs import Inputs
 from .judging import Judge
 from .measurement import Latency, Measurement
+from .memory import give_back
 from .packing.writing import pack
 from .passes import Pass, PassReport
 from .paths import path_from
@@ -177,6 +178,7 @@ class _Run:
             save_state(captured, self.folder.work / "captured")
         notes, specs, known = captured.notes, containers_of(captured), Known(self.registry, captured)
         del captured  # its weights need not be there twice
+        give_back(model)
         original = load_state(self.folder.work / "captured", known, lambda: specs)
         judge = self._judge(original)
         standing = judge.check_budget()
@@ -252,6 +254,7 @@ class _Run:
             self.executor,
         )
         result, report = step(model, context)
+        give_back(model)
         if not report.modified:
             return model, report, judge.unchanged(model, standing)
         reached = judge.operated(result, before=model)

@@ -72,10 +72,14 @@ def fit(
     names = {layer.name for layer in swept}
     found = {layer.name: _nearest(step, layer, grid, shared[layer.name]) for layer in chosen if layer.name not in names}
     steps = [Step(layer, Aim(layer.nodes[0].name)) for layer in swept]
+    before = None
     for task in context.calibration.sweep(model, steps, reference):
+        if before is not None:  # has been called for the last time
+            _empty(before)
         fitted = _fitted(step, task, grid, shared[task.layer.name])
         found[task.layer.name] = fitted
         _simulate(task.layer.module, fitted)
+        before = task.layer.module
     return found
 
 
@@ -124,7 +128,7 @@ def _made(
     weight: Tensor, integers: Tensor, scheme: Scheme, bias: Tensor | None, shared: Rounded | None = None
 ) -> Fitted:
     error = (scheme.dequantise(integers) - weight).norm() / weight.norm().clamp_min(1e-30)
-    return Fitted(integers, scheme, bias, float(error), shared)
+    return Fitted(integers.to(torch.int8), scheme, bias, float(error), shared)
 
 
 def _simulate(module: Any, fitted: Fitted) -> None:
@@ -133,6 +137,12 @@ def _simulate(module: Any, fitted: Fitted) -> None:
     module.weight = nn.Parameter(fitted.weight, trained)
     if fitted.bias is not None:
         module.bias = nn.Parameter(fitted.bias.float(), trained)
+
+
+def _empty(module: Any) -> None:
+    """A weight of the same shape that takes no memory; integers will stand in its place."""
+    weight = module.weight
+    module.weight = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad)
 
 
 def _scheme(step: Quantize, layer: Layer, grid: Grid, weight: Tensor, importance: Tensor | None) -> Scheme:

@@ -13,19 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from ..captured import CapturedModel
 from ..errors import PluginError
-from ..graph import Layer, leaf_inputs
+from ..graph import Layer, held_bytes, leaf_inputs
 from ..inputs import Inputs
 from ..operands import constants
-from ..torch_private import tree_leaves
 from ..tracing import evaluating
 from .aims import Aim, target_of
 from .moments import Moments, Regression, Scatter
@@ -259,12 +256,7 @@ def live_bytes(model: CapturedModel) -> int:
         ends.setdefault(node, []).append(source)
     for node in model.graph.nodes:
         if node.op != "get_attr":
-            held += _bytes(node)
+            held += held_bytes([node])
         most = max(most, held)
-        held -= sum(_bytes(source) for source in ends.get(node, ()) if source.op != "get_attr")
+        held -= held_bytes(source for source in ends.get(node, ()) if source.op != "get_attr")
     return most // max(1, model.inputs.batch_size)
-
-
-def _bytes(node: fx.Node) -> int:
-    metas = tree_leaves(node.meta.get("tensor_meta"), is_leaf=lambda m: isinstance(m, TensorMetadata))
-    return sum(prod(m.shape) * m.dtype.itemsize for m in metas if isinstance(m, TensorMetadata))

@@ -91,6 +91,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "tiny_chain": lambda: (chain(32, 2), torch.randn(2, 32)),
     "tiny_vit": lambda: (Vit(32, 2, 2, 16, 32), torch.randn(2, 3, 32, 32)),
     "quick_chain": lambda: (chain(2048, 20), torch.randn(2, 2048)),
+    "small_chain": lambda: (chain(2048, 6), torch.randn(2, 2048)),
     "quick_vit": lambda: (Vit(1280, 4, 16, 14, 112), torch.randn(2, 3, 112, 112)),
     "chain": lambda: (chain(4096, 24), torch.randn(2, 4096)),
     "vit_h": lambda: (Vit(), torch.randn(2, 3, 224, 224)),
