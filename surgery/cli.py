@@ -250,9 +250,16 @@ def show(name: str, as_json: bool) -> None:
     metavar="NAME",
     help="As in run, instead of random inputs; images are then of the size of --input.",
 )
+@click.option("--trust", is_flag=True, help="Run the source of run folders and model.py: Python that you would import.")
 @as_json
-def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, as_json: bool) -> None:
-    """Compare two models: run folders, model.py, .surgery or .onnx files. A is the reference."""
+def verify(
+    reference: Path, candidate: Path, shapes: Sequence[str], data_name: str | None, trust: bool, as_json: bool
+) -> None:
+    """Compare two models: run folders, model.py, .surgery or .onnx files. A is the reference.
+
+    Models are built from the graph that lies beside their source or in the pack: nothing of the files is run, unless
+    --trust says so.
+    """
     from .data import Data
     from .report import proof
     from .specs import inputs_from
@@ -266,7 +273,7 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
         click.echo("Compared on random numbers, floats from N(0, 1): what a model does on data, --data tells.\n")
     batches = data.calibration if data.evaluation is None else data.evaluation
     labelled = data.evaluation is not None
-    verification = compare(reference, candidate, batches, labelled=labelled, metric=data.metric)
+    verification = compare(reference, candidate, batches, labelled=labelled, metric=data.metric, trust=trust)
     print_result(verification.to_dict(), [proof(verification.to_dict())], as_json)
     if not verification.passed:
         raise BudgetError("; ".join(verification.shortfalls))
@@ -278,7 +285,7 @@ def verify(reference: Path, candidate: Path, shapes: Sequence[str], data_name: s
 @click.option("--codec", default="huffman", show_default=True, help="Entropy coder.")
 @as_json
 def pack(source: Path, out: Path | None, codec: str, as_json: bool) -> None:
-    """Write SOURCE (a run folder, or a model.py with its weights beside it) as one lossless file to ship."""
+    """Write SOURCE (a run folder, or a model.py with its graph and weights beside it) as one lossless file to ship."""
     from .packing.listing import listing
     from .packing.reading import Pack
     from .packing.writing import pack as write
@@ -300,7 +307,10 @@ def pack(source: Path, out: Path | None, codec: str, as_json: bool) -> None:
 )
 @as_json
 def unpack(file: Path, folder: Path | None, only_list: bool, limit_bytes: int | None, as_json: bool) -> None:
-    """Write model.py, its weights and its recipe from the pack FILE into FOLDER; or list what is in it."""
+    """Write model.py, its graph, weights and recipe from the pack FILE into FOLDER; or list what is in it.
+
+    Nothing of the file is run: model.py is written anew from the graph.
+    """
     from .packing.listing import listing
     from .packing.reading import Pack
     from .packing.unpacking import unpack as write

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,42 +16,110 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .captured import CapturedModel
 from .errors import ModelError
+from .packing.container import is_pack
 from .paths import path_from
 from .process import memory_told
+from .state.allowed import Known
+from .state.files import read_tensors
+from .state.form import Document, read_document, with_source
+from .state.read import build_model
 
 _SHOWN = 5
 
 
-@memory_told()
-def load(path: str | Path, *, limit_bytes: int | None = None) -> nn.Module:
-    """The model of a run folder, of a `model.py` with its weights beside it, or of a pack; in eval mode, ready to train
-    further.
+SUFFIX, GRAPH_SUFFIX = ".surgery", ".graph.json"
+_TRUST = "if you would import it, let it run: `surgery.load(path, trust=True)`, `--trust` on the command line"
 
-    The source is run (it is a Python program: load only what you would import), without being left in `sys.modules`.
+
+@memory_told()
+def load(path: str | Path, *, trust: bool = False, limit_bytes: int | None = None) -> nn.Module:
+    """The model of a pack (`.surgery`), of a run folder, or of a `model.py` with its graph and weights beside it; in
+    eval mode, ready to train further.
+
+    It is built from the graph, which is data: operators and layers of torch and of installed plugins, and nothing of
+    the file is run. With `trust` the source of a run folder or `model.py` is run instead, as Python runs what it
+    imports; the outputs are the same bit for bit, and an edited source is heeded. A pack holds no source.
     `limit_bytes`: of a pack, see `surgery.Pack`; from a pack nothing is written to disk.
 
     Raises:
-        ModelError: nothing to load there, the weights are missing, damaged or do not fit, or the source fails.
+        ModelError: nothing to load there, files are missing, damaged or do not fit, or only the source could tell what
+            the model is.
     """
-    from .packing.container import is_pack
+    file = path_from(path, "the model's path")
+    if file.suffix == SUFFIX:
+        from .packing.reading import Pack
 
-    place = path_from(path, "the model's path")
-    if is_pack(place) or place.suffix == ".surgery":
-        return _load_pack(place, limit_bytes)
-    file = model_file(place)
-    return run_source(file.read_text(encoding="utf-8"), file)
+        with Pack(file, limit_bytes=limit_bytes) as content:
+            return content.model()
+    source = model_file(file)
+    if trust:
+        return run_source(source.read_text(encoding="utf-8"), source)
+    return read_model(source, Known())
 
 
-def _load_pack(path: Path, limit_bytes: int | None) -> nn.Module:
-    from .packing.reading import Pack
+def read_model(source: Path, known: Known) -> CapturedModel:
+    """The model of the graph and the weights beside `source`; ModelError as `load` raises it."""
+    document, weights = read_graph(source), weights_file(source)
+    with reading(weights):
+        tensors = read_tensors(weights)
+    return checked_model(document, tensors, source, known)
 
-    with Pack(path, limit_bytes=limit_bytes) as content:
-        return run_source(content.source, path / "model.py", lambda module: module.build(dict(content.tensors())))
+
+def weights_file(source: Path) -> Path:
+    return source.with_suffix(".safetensors")
+
+
+def read_graph(source: Path) -> Document:
+    """The graph beside `source`, which must be the one that was written with it.
+
+    Raises:
+        ModelError: it is missing or damaged, or the source is another one.
+    """
+    graph = source.with_suffix(GRAPH_SUFFIX)
+    if not graph.is_file():
+        raise ModelError(
+            f"beside {source.name} there is no {graph.name}, which tells without running it what the model is",
+            at=str(source),
+            fix=f"{_TRUST}; or export the model again",
+        )
+    with reading(graph):
+        document = read_document(graph.read_bytes())
+    if document != with_source(document, source.read_bytes()):
+        raise ModelError(
+            f"{source.name} has been edited: it is not the one that was written with {graph.name}",
+            at=str(source),
+            fix=f"{_TRUST}, and `surgery.export_source(surgery.capture(model, example), folder)` writes both anew",
+        )
+    return document
+
+
+def checked_model(document: Document, tensors: Mapping[str, Tensor], file: Path, known: Known) -> CapturedModel:
+    """The model in eval mode, with `tensors` as its own; ModelError where graph and weights do not fit."""
+    try:
+        return build_model(document, tensors, known)
+    except ValueError as error:
+        raise ModelError(
+            f"graph and weights do not make a model: {_short(error)}", at=str(file), fix="export both again, together"
+        ) from error
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is wrong with this file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no {file.name}", at=str(file), fix="put it back beside the source") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{file.name} is damaged: {_short(error)}", at=str(file), fix="export the model again"
+        ) from error
 
 
 def run_source(text: str, file: Path, make: Callable[[Any], Any] = lambda module: module.load()) -> nn.Module:
-    """The model that `make` has the source `text` make."""
+    """The model that `make` has the source `text` make, which is run, without being left in `sys.modules`."""
     module = ModuleType(f"surgery_model_{file.stem}_{abs(hash(file.resolve())):x}")
     module.__file__ = str(file.resolve())
     sys.modules[module.__name__] = module
@@ -79,6 +148,12 @@ def run_source(text: str, file: Path, make: Callable[[Any], Any] = lambda module
 def model_file(path: Path) -> Path:
     """The source in a run folder, or at `path`; ModelError where there is none."""
     file = path / "model.py" if path.is_dir() else path
+    if is_pack(file):
+        raise ModelError(
+            f"{file.name} is a pack by its content and not by its name",
+            at=str(file),
+            fix=f"rename it to {file.stem}{SUFFIX} if that is what you expect it to be",
+        )
     if not file.is_file():
         looked = (
             f"a file {file}"

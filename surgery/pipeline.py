@@ -277,12 +277,12 @@ class _Run:
         self.progress("model.py", 0, 1)
         asked, made = self.plan.recipe.export, self.folder.work / "source"
         with writing(self.folder.path):
-            source, weights = export_source(result, made, header=self._provenance)
+            source, weights, graph = export_source(result, made, header=self._provenance)
             shutil.copy(self.folder.path / "recipe.lock.yaml", made)
             if "pack" in asked:
                 self.progress("model.surgery", 0, 1)
                 pack(made, registry=self.registry)
-        kept = [weights, source] if "source" in asked else []
+        kept = [weights, graph, source] if "source" in asked else []
         for file in [*kept, *made.glob("*.surgery")]:
             yield from self.folder.adopt(file)
 

@@ -85,7 +85,7 @@ _STATE = (GRAPH, WEIGHTS, INPUTS)
 _MODELS = tuple(f"{stem}.onnx{more}" for stem in ("model", "original") for more in ("", ".data"))
 _ARTIFACTS = (
     *_MODELS,
-    *("model.py", "model.safetensors", "model.surgery", "recipe.lock.yaml"),
+    *("model.py", "model.graph.json", "model.safetensors", "model.surgery", "recipe.lock.yaml"),
     *(_REPORT, "report.md", "report.html", _TIMES),
 )
 _STEP = re.compile(r"\d+-\w+")

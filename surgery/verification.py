@@ -92,19 +92,21 @@ def verify(
     budget: Budget | None = None,
     labelled: bool = False,
     metric: Metric | None = None,
+    trust: bool = False,
 ) -> Verification:
     """Compares `candidate` with `reference`, and with its own ONNX file on every provider and device there is.
 
-    Models are modules, ONNX files, or folders that `surgery.load` reads. `inputs`: an iterable of batches (a tensor, a
-    tuple or a dict of arguments; pairs with a target if `labelled`), iterated once, or a lone tensor as one batch.
-    Without `onnx`, the candidate is exported for the comparison. A candidate that is an ONNX file itself has fidelity
-    alone. `budget` bounds the fidelity; without one, the outputs only have to be finite numbers.
+    Models are modules, ONNX files, or what `surgery.load` reads, from the graph, or with `trust` by running `model.py`.
+    `inputs`: an iterable of batches (a tensor, a tuple or a dict of arguments; pairs with a target if `labelled`),
+    iterated once, or a lone tensor as one batch. Without `onnx`, the candidate is exported for the comparison. A
+    candidate that is an ONNX file itself has fidelity alone. `budget` bounds the fidelity; without one, the outputs
+    only have to be finite numbers.
 
     Raises:
         ModelError: a file is no model, or outputs differ in number or shape.
         InputError: there are no batches, or they do not fit the models.
     """
-    reference, candidate = _loaded(reference), _loaded(candidate)
+    reference, candidate = _loaded(reference, trust), _loaded(candidate, trust)
     batches = batches_of(inputs, labelled)
     comparison = Comparison(metric)
     contests: list[tuple[Contest, Run]] = []
@@ -128,7 +130,7 @@ def verify(
     return _verdict(comparison.result(), results, budget)
 
 
-def _loaded(model: Model | str | os.PathLike[str]) -> Model:
+def _loaded(model: Model | str | os.PathLike[str], trust: bool) -> Model:
     if isinstance(model, nn.Module | OnnxModel):
         return model
     path = path_from(model, "the model's path")
@@ -136,7 +138,7 @@ def _loaded(model: Model | str | os.PathLike[str]) -> Model:
         return runtime_session(path)
     from .loading import load
 
-    return load(path)
+    return load(path, trust=trust)
 
 
 def _exported(model: nn.Module, batch: Any, stack: ExitStack) -> Path:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import copy
 import random
 import resource
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pack_attacks import ATTACKS, empty_tensors, header_of, one_symbol
 from pack_mutations import (
     LIMIT,
     WAYS,
@@ -19,7 +20,6 @@ from pack_mutations import (
     outcome,
     put_together,
     taken_apart,
-    with_true_checksums,
     write_model,
 )
 
@@ -45,10 +45,20 @@ class Careless(DeflateBytes):
         return super().decode(data, count, alphabet)[1:]
 
 
+class Rounding(DeflateBytes):
+    """Gives even symbols."""
+
+    def decode(self, data: bytes, count: int, alphabet: int) -> np.ndarray:
+        return super().decode(data, count, alphabet) & ~np.uint8(1)
+
+
+Changed = type("DeflateBytes", (Rounding,), {"__doc__": "Under the name of another."})
+
+
 class Plugin:
     @hookimpl
     def surgery_codecs(self) -> list[type[Codec]]:
-        return [DeflateBytes, Careless]
+        return [DeflateBytes, Careless, Rounding]
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +111,10 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another shape": (lambda h: record(h, "raw").update(shape=[10]), "damaged"),
     "gigantic shape": (lambda h: record(h, "empty").update(shape=[0, 1 << 47, 1 << 47]), "shape"),
     "unknown dtype": (lambda h: record(h, "raw").update(dtype="storage"), "no dtype of a pack"),
-    "a name twice": (lambda h: record(h, "raw").update(name="empty"), "two tensor empty"),
+    "a name twice": (lambda h: record(h, "raw").update(name="empty"), "two tensors empty"),
     "weights elsewhere": (lambda h: h.update(weights="../x.safetensors"), "weights"),
-    "text elsewhere": (lambda h: h["texts"][0].update(name="../model.py"), "texts"),
-    "half of bytes": (lambda h: record(h, "half").update(dtype="int8"), "half of elements that are not 4 bytes"),
+    "graph of another kind": (lambda h: h.update(graph=[]), "graph"),
+    "half of bytes": (lambda h: record(h, "halves").update(dtype="int8"), "half of elements that are not 4 bytes"),
     "a block too many": (lambda h: record(h, "int8")["data"]["blocks"].append(0), "2 blocks instead of 1"),
     "a large block": (lambda h: record(h, "int8")["data"].update(blocks=[1 << 60]), "the file ends in tensor int8"),
     "few planes": (lambda h: record(h, "planes")["data"]["planes"].pop(), "3 planes for 4 bytes"),
@@ -126,10 +136,10 @@ def test_a_header_that_contradicts_itself_is_refused(
 
 def test_representations_cannot_be_nested_without_end(original: bytes, written: Callable[[bytes], Path]) -> None:
     def nest(header: dict[str, Any], times: int) -> None:
-        data = record(header, "half")["data"]
+        data = record(header, "halves")["data"]
         for _ in range(times):
             data = {"kind": "half", "to": "float16", "of": data}
-        record(header, "half")["data"] = data
+        record(header, "halves")["data"] = data
 
     for times in (5, 400):
         with pytest.raises(ModelError, match="damaged"):
@@ -137,7 +147,8 @@ def test_representations_cannot_be_nested_without_end(original: bytes, written: 
 
 
 FRAMES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "newer": (lambda d: put_together(*taken_apart(d), version=7), "format version 7; this SDK reads version 1"),
+    "older": (lambda d: put_together(*taken_apart(d), version=1), "format version 1(.|\n)*pack the model again"),
+    "newer": (lambda d: put_together(*taken_apart(d), version=7), "format version 7; this SDK reads version 2"),
     "no pack": (lambda d: b"PK" + d, "no pack"),
     "empty": (lambda d: b"", "no pack"),
     "only magic": (lambda d: d[:10], "ends in its first bytes"),
@@ -159,9 +170,9 @@ def test_a_damaged_frame_is_named(case: str, original: bytes, written: Callable[
 
 def test_a_wrong_checksum_names_the_tensor(original: bytes, written: Callable[[bytes], Path]) -> None:
     header, streams = taken_apart(original)
-    record(header, "int8")["data"]["crc"] ^= 1
+    record(header, "int8")["crc"] ^= 1
     with (
-        pytest.raises(ModelError, match="int8 is damaged: a stream has another checksum"),
+        pytest.raises(ModelError, match="int8 is damaged: its elements have another checksum"),
         Pack(written(put_together(header, streams))) as pack,
     ):
         dict(pack.tensors())
@@ -170,11 +181,15 @@ def test_a_wrong_checksum_names_the_tensor(original: bytes, written: Callable[[b
 def one_symbol_pack(count: int) -> bytes:
     """A few bytes that decode to `count` bytes."""
     blocks = -(-count // (1 << 18))
-    data = {"kind": "symbols", "width": 8, "blocks": [3] * blocks, "crc": 0}
-    header = {"format": "surgery-pack", "codec": "huffman", "weights": "model.safetensors", "versions": {}}
-    header |= {"texts": [], "tensors": [{"name": "bomb", "dtype": "uint8", "shape": [count], "data": data}]}
-    streams = b"\0\7\0" * blocks
-    return put_together(with_true_checksums(copy.deepcopy(header), streams), streams)
+    data = {"kind": "symbols", "width": 8, "blocks": [3] * blocks}
+    tensor = {
+        "name": "bomb",
+        "dtype": "uint8",
+        "shape": [count],
+        "crc": zlib.crc32(b"\7" * min(count, 64 << 20)),
+        "data": data,
+    }
+    return put_together(header_of([tensor]), b"\0\7\0" * blocks)
 
 
 def test_a_small_file_cannot_ask_for_more_than_the_limit(written: Callable[[bytes], Path]) -> None:
@@ -184,6 +199,17 @@ def test_a_small_file_cannot_ask_for_more_than_the_limit(written: Callable[[byte
     with Pack(path) as pack:
         assert pack.entries["bomb"].stored == 3 * 256
         assert bool((pack.tensor("bomb") == 7).all())
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_a_small_file_takes_little_time_and_memory_whatever_it_declares(
+    attack: Callable[[], bytes], registry: Registry, written: Callable[[bytes], Path]
+) -> None:
+    path = written(attack())
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    assert outcome(path, {}, registry, same=False) == ("read" if attack in (empty_tensors, one_symbol) else "error")
+    assert time.process_time() - start < 4
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 4 * LIMIT
 
 
 def test_the_limit_without_one_given_is_a_gibibyte(written: Callable[[bytes], Path]) -> None:
@@ -226,10 +252,23 @@ def test_an_unknown_codec_to_pack_with_is_named(tmp_path: Path) -> None:
         surgery.pack(write_model(tmp_path / "m", {"a": torch.ones(3)}), codec="zip")
 
 
-def test_a_codec_that_gives_other_symbols_is_caught(tmp_path: Path) -> None:
-    registry = Registry([Plugin()])
-    path = surgery.pack(write_model(tmp_path / "m", every_kind()), codec="careless", registry=registry)
-    with Pack(path, registry=registry) as pack, pytest.raises(ModelError, match="careless gives other symbols"):
+@pytest.mark.parametrize(("codec", "problem"), [("careless", "gives other symbols"), ("rounding", "loses something")])
+def test_a_codec_that_loses_something_is_caught_before_a_file_is_written(
+    codec: str, problem: str, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m", every_kind())
+    with pytest.raises(PluginError, match=problem):
+        surgery.pack(folder, codec=codec, registry=Registry([Plugin()]))
+    assert not (folder / "model.surgery").exists()
+
+
+def test_a_codec_that_gives_other_values_in_another_version_is_caught(tmp_path: Path) -> None:
+    path = surgery.pack(write_model(tmp_path / "m", every_kind()), codec="deflate_bytes", registry=Registry([Plugin()]))
+    later = type("P", (), {"surgery_codecs": hookimpl(lambda self: [Changed])})()
+    with (
+        Pack(path, registry=Registry([later])) as pack,
+        pytest.raises(ModelError, match="int8 is damaged: its elements"),
+    ):
         pack.tensor("int8")
 
 

@@ -43,6 +43,7 @@ def test_a_run_leaves_every_artifact_and_the_callers_model_alone(net, inputs, tm
     assert names == {
         "model.onnx",
         "model.py",
+        "model.graph.json",
         "model.safetensors",
         "original.onnx",
         "recipe.lock.yaml",

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from ..operands import constants, sources
+from ..state.write import ranks
 from .subscripts import is_scalar, rank
 from .tensor_names import fresh
 
@@ -117,8 +117,8 @@ def _alive(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _tuple_length(node: fx.Node) -> int | None:
-    meta = node.meta.get("tensor_meta")
-    return len(meta) if isinstance(meta, tuple | list) and not isinstance(meta, TensorMetadata) else None
+    parts = ranks(node)
+    return len(parts) if isinstance(parts, list) else None
 
 
 def bound_nodes(pattern: Pattern) -> list[fx.Node]:

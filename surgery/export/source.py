@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from ..captured import RELATIVE_BOUND, CapturedModel, relative_error
 from ..constructors import builds_on_meta
 from ..errors import ExportError, ModelError
-from ..loading import run_source
+from ..loading import GRAPH_SUFFIX, run_source
 from ..paths import path_from
 from ..process import exclusive
 from ..sizes import check_inputs, number_kind
 from ..state.files import write_tensors
-from ..state.write import named_tensors, weights_of
+from ..state.form import Document, with_source
+from ..state.write import document_of, named_tensors, weights_of
 from ..torch_private import tree_leaves
 from .embed import embed
 from .forward import Forward
@@ -51,8 +52,9 @@ def build(tensors: dict[str, Tensor]) -> Model:
 @exclusive()
 def export_source(
     model: CapturedModel, folder: str | Path, *, name: str = "model", header: Mapping[str, str] | None = None
-) -> tuple[Path, Path]:
-    """Write `<name>.py` and `<name>.safetensors` into `folder` and check that they reproduce `model` on its example.
+) -> tuple[Path, Path, Path]:
+    """Write `<name>.py`, `<name>.safetensors` and `<name>.graph.json`, the same graph as data, into `folder` and check
+    that source and weights reproduce `model` on its example.
 
     `header`: lines for the file's docstring, such as the recipe's hash and versions. The same model always gives the
     same bytes. On failure the folder stays as it was.
@@ -62,9 +64,10 @@ def export_source(
             names the node or class and who must act. Or the files cannot be written.
     """
     target = path_from(folder, "the folder")
-    paths = target / f"{name}.py", target / f"{name}.safetensors"
+    paths = target / f"{name}.py", target / f"{name}.safetensors", target / f"{name}{GRAPH_SUFFIX}"
+    text, document = source(model, name=name, header=header), document_of(model, provenance=dict(header or {}))
     try:
-        _write(model, target, paths, source(model, name=name, header=header))
+        _write(model, target, paths, text.encode(), document)
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{paths[0]} and its weights cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -73,12 +76,13 @@ def export_source(
     return paths
 
 
-def _write(model: CapturedModel, target: Path, paths: tuple[Path, Path], text: str) -> None:
+def _write(model: CapturedModel, target: Path, paths: tuple[Path, ...], text: bytes, document: Document) -> None:
     target.mkdir(parents=True, exist_ok=True)
     name = paths[0].stem
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target) as scratch:
         written = [Path(scratch) / path.name for path in paths]
-        written[0].write_text(text, encoding="utf-8")
+        written[0].write_bytes(text)
+        written[2].write_bytes(with_source(document, text).to_bytes())
         write_tensors(weights_of(model), written[1])
         shutil.copymode(written[0], written[1])  # safetensors lets nobody else read
         _check(model, written[0])

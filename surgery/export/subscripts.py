@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
-from torch.fx.passes.shape_prop import TensorMetadata
 
+from ..state.write import ranks
 from ..torch_private import OpOverload
 from .literals import literal, tight
 
@@ -31,8 +31,8 @@ def is_scalar(node: fx.Node) -> bool:
 
 def rank(node: Any) -> int | None:
     """Number of dimensions of the node's tensor at the example, where it is known."""
-    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return len(meta.shape) if isinstance(meta, TensorMetadata) else None
+    found = ranks(node) if isinstance(node, fx.Node) else None
+    return found if isinstance(found, int) else None
 
 
 def _subscript(node: fx.Node, dim: int, index: str, operand: Operand) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,9 +23,6 @@ UNSIGNED = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
 class Source(Protocol):
     """Bytes of a file, and symbols of its blocks."""
-
-    def checked(self, offset: int, size: int, crc: int) -> None:
-        """ValueError where the stream has another checksum."""
 
     def bytes(self, offset: int, size: int) -> bytes: ...
 
@@ -49,9 +46,15 @@ def reader(part: Part, source: Source, offset: int) -> Reader:
     return _READERS[type(data)](data, count, size, readers)
 
 
+def pieces(part: Part, source: Source, offset: int) -> Iterator[Array]:
+    """All elements of a part in order, a piece at a time."""
+    elements, count = reader(part, source, offset), part[1]
+    for at in range(0, count, PIECE):
+        yield elements.read(min(PIECE, count - at))
+
+
 class _Raw:
     def __init__(self, data: Raw, count: int, size: int, source: Source, offset: int) -> None:
-        source.checked(offset, count * size, data.crc)
         self._source, self._at, self._dtype = source, offset, UNSIGNED[size]
 
     def read(self, count: int) -> Array:
@@ -62,7 +65,6 @@ class _Raw:
 
 class _Symbols:
     def __init__(self, data: Symbols, count: int, size: int, source: Source, offset: int) -> None:
-        source.checked(offset, sum(data.blocks), data.crc)
         self._width, self._dtype = data.width, UNSIGNED[size]
         self._left = data.symbols(count, size)
         self._source, self._at, self._sizes = source, offset, iter(data.blocks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,7 +50,6 @@ class Raw(Record):
     """The elements as they are, little-endian."""
 
     kind: Literal["raw"] = "raw"
-    crc: Checksum
 
     def stored(self, count: int, size: int) -> int:
         """Bytes in the file."""
@@ -66,7 +65,6 @@ class Symbols(Record):
     kind: Literal["symbols"] = "symbols"
     width: Literal[4, 8, 16]
     blocks: list[Annotated[int, Field(ge=0)]]
-    crc: Checksum
 
     def stored(self, count: int, size: int) -> int:
         """Bytes in the file."""
@@ -180,6 +178,8 @@ class TensorRecord(Record):
     name: Name
     dtype: Annotated[str, AfterValidator(_dtype)]
     shape: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=64)]
+    crc: Checksum
+    """Of the elements."""
     data: Representation
 
     @property
@@ -200,22 +200,14 @@ class TensorRecord(Record):
         return extent(self.part)
 
 
-class TextRecord(Record):
-    """A text file, UTF-8, as a zlib stream of `stored` bytes."""
-
-    name: Literal["model.py", "recipe.lock.yaml"]
-    bytes: Annotated[int, Field(ge=0)]
-    stored: Annotated[int, Field(ge=0)]
-    crc: Checksum
-
-
 class Header(Record):
     format: Literal["surgery-pack"]
     codec: Name
-    weights: Annotated[str, Field(max_length=255, pattern=r"^[^/\\\x00-\x1f]+\.safetensors$")]
-    """Name of the weights file that the source reads."""
     versions: dict[str, str]
-    texts: list[TextRecord]
+    recipe: str | None = None
+    """The text of `recipe.lock.yaml`."""
+    graph: dict[str, Any]
+    """The document of `surgery.state.form`; its fields are checked when a model is made of it."""
     tensors: list[TensorRecord]
 
     def to_bytes(self) -> bytes:

@@ -135,6 +135,7 @@ def read_head(data: bytes, count: int, alphabet: int) -> Head:
     _check(len(data) >= payload, "the block ends in its head")
     lengths = shortest + unpacked_fields(data[at:lane_at], len(symbols), f)
     _check(len(symbols) > 1 and int(lengths.max()) == width, "the longest code is not as long as the head says")
+    _check(width <= chosen_limit(len(symbols)), f"codes of {width} bits for {len(symbols)} symbols")
     starts = np.zeros(lanes + 1, np.int64)
     np.cumsum(least + unpacked_fields(data[lane_at:payload], lanes, g), out=starts[1:])
     _check(payload + (int(starts[-1]) + 7) // 8 == len(data), "the lanes' lengths do not sum to the block's")

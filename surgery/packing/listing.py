@@ -43,7 +43,7 @@ class Listing:
     def total(self) -> Table:
         """The sums alone."""
         rest = self.file_bytes - self._stored
-        rows = (("tensors", *_sizes(self._bytes, self._stored)), ("header, source and recipe", "", f"{rest:,}", ""))
+        rows = (("tensors", *_sizes(self._bytes, self._stored)), ("header, graph and recipe", "", f"{rest:,}", ""))
         whole = ("file", *_sizes(self._bytes, self.file_bytes))
         return Table(f"Packed with {self.codec}", ("", "bytes", "stored bytes", "ratio"), (*rows, whole))
 

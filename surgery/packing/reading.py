@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..captured import CapturedModel
+from ..errors import ExportError, ModelError
 from ..paths import path_from
 from ..registry import Registry
-from .codec import BLOCK, Block, Codec
-from .container import AGAIN, inflated, read_frame
-from .elements import PIECE, UNSIGNED, reader
-from .form import DTYPES, Header, Part, Raw, Symbols, TensorRecord, TextRecord, leaves
+from ..state.allowed import Known
+from ..state.form import Document
+from ..state.read import build_model
+from .codec import BLOCK
+from .container import AGAIN, read_frame
+from .elements import UNSIGNED, pieces
+from .form import DTYPES, Header, Part, Raw, Symbols, TensorRecord, leaves
+from .streams import FileSource, checksum
 
 if TYPE_CHECKING:
     from .codec import Array
 
 _LEAST_LIMIT = 1 << 30
-_READ = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Pack:
     """
 
     def __init__(self, path: str | Path, *, limit_bytes: int | None = None, registry: Registry | None = None) -> None:
-        """`limit_bytes`: what the tensors and texts may take in memory; by default 1 GiB or 256 times the file.
+        """`limit_bytes`: what the tensors may take in memory; by default 1 GiB or 256 times the file.
 
         Raises:
             ModelError: no pack, one of a newer format, a damaged one, or one that would take more than the limit.
@@ -71,10 +74,15 @@ class Pack:
         size = os.fstat(self._file.fileno()).st_size
         self.limit_bytes = max(_LEAST_LIMIT, 256 * size) if limit_bytes is None else limit_bytes
         self._header, start = read_frame(self._file, size, max(1 << 20, self.limit_bytes // 16), str(self.path))
-        self._source = _Source(self._file, self._header.codec)
+        self._source = FileSource(self._file, self._header.codec)
         self._places = _places(self._header, start, size, str(self.path))
         _check_limit(self._header, self.limit_bytes, str(self.path))
-        self.entries = {record.name: _entry(record) for record in self._header.tensors}
+        self._records = {record.name: record for record in self._header.tensors}
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """What is in the file, by the tensors' names."""
+        return {name: _entry(record) for name, record in self._records.items()}
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -87,29 +95,42 @@ class Pack:
         return self._header.codec
 
     @property
-    def weights_name(self) -> str:
-        """The weights file that the source reads."""
-        return self._header.weights
+    def recipe(self) -> str | None:
+        """The text of `recipe.lock.yaml`, where there is one."""
+        return self._header.recipe
+
+    @property
+    def document(self) -> Document:
+        """The graph as data."""
+        with self._blaming("the graph"):
+            return Document.model_validate(self._header.graph)
 
     @property
     def source(self) -> str:
-        """The text of `model.py`."""
-        return self.text("model.py") or ""
+        """The text of `model.py`, written anew from the graph; no tensor is read.
 
-    @property
-    def recipe(self) -> str | None:
-        """The text of `recipe.lock.yaml`, where there is one."""
-        return self.text("recipe.lock.yaml")
+        Raises:
+            ModelError: the graph is damaged, or names a layer whose plugin is not installed.
+        """
+        from ..export.source import source
 
-    def text(self, name: str) -> str | None:
-        """A text file of the pack, or None."""
-        for record in self._header.texts:
-            if record.name == name:
-                with self._blaming(name):
-                    offset = self._places[record.name]
-                    self._source.checked(offset, record.stored, record.crc)
-                    return inflated(self._source.bytes(offset, record.stored), record.bytes).decode()
-        return None
+        document = self.document
+        shapes = {
+            record.name: torch.empty(record.shape, dtype=getattr(torch, record.dtype), device="meta")
+            for record in self._header.tensors
+        }
+        with self._blaming("the graph"):
+            return source(build_model(document, shapes, Known(self._registry)), header=document.provenance)
+
+    def model(self) -> CapturedModel:
+        """The model in eval mode, built from the graph: no source is run.
+
+        Raises:
+            ModelError: something is damaged, or names a layer or operator whose plugin is not installed.
+        """
+        document, tensors = self.document, dict(self.tensors())
+        with self._blaming("the graph"):
+            return build_model(document, tensors, Known(self._registry))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; nothing else is read or decoded.
@@ -117,10 +138,9 @@ class Pack:
         Raises:
             ModelError: there is none of this name, its streams are damaged, or its codec is not installed.
         """
-        for record in self._header.tensors:
-            if record.name == name:
-                self._find_codec()
-                return self._decoded(record)
+        if name in self._records:
+            self._find_codec()
+            return self._decoded(self._records[name])
         raise ModelError(
             f"there is no tensor {name!r}", at=str(self.path), fix="`surgery unpack --list` prints the names"
         )
@@ -129,16 +149,18 @@ class Pack:
         """Every tensor in the order of the file. What is decoded is not kept; small ones are decoded together."""
         self._find_codec()
         window: list[TensorRecord] = []
+        size = 0
         for record in self._header.tensors:
-            if sum(r.bytes for r in window) + record.bytes > BLOCK:
+            if size + record.bytes > BLOCK:
                 yield from self._together(window)
-                window = []
+                window, size = [], 0
             window.append(record)
+            size += record.bytes
         yield from self._together(window)
 
     def _together(self, records: list[TensorRecord]) -> Iterator[tuple[str, Tensor]]:
         if len(records) > 1:
-            wanted = [[*block_places(record.part, self._places[f"tensor {record.name}"])] for record in records]
+            wanted = [[*block_places(record.part, self._places[record.name])] for record in records]
             with self._blaming(records[0].name, len(records)):
                 self._source.prepare([block for blocks in wanted for block in blocks])
         for record in records:
@@ -150,17 +172,19 @@ class Pack:
         with self._blaming(record.name):
             result = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
             flat = result.reshape(-1).view(torch.uint8).numpy().view(UNSIGNED[size])
-            elements = reader(record.part, self._source, self._places[f"tensor {record.name}"])
-            for at in range(0, record.count, PIECE):
-                part = flat[at : at + PIECE]
-                part[:] = elements.read(len(part))
+            at = 0
+            for part in pieces(record.part, self._source, self._places[record.name]):
+                flat[at : at + len(part)] = part
+                at += len(part)
+            if checksum([flat]) != record.crc:
+                raise ValueError("its elements have another checksum")
             return _checked_bool(result, flat)
 
     @contextmanager
     def _blaming(self, name: str, count: int = 1) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError, ExportError) as error:
             among = f"one of the {count} tensors from {name} on" if count > 1 else name
             raise ModelError(f"{among} is damaged: {error}", at=str(self.path), fix=AGAIN) from error
 
@@ -187,55 +211,6 @@ class Pack:
         self.close()
 
 
-@dataclass
-class _Source:
-    """The file's bytes, and its symbols through the codec."""
-
-    file: IO[bytes]
-    name: str
-    codec: Codec | None = None
-    _ready: dict[int, Array] = field(default_factory=dict)
-
-    def checked(self, offset: int, size: int, crc: int) -> None:
-        found = 0
-        for at in range(offset, offset + size, _READ):
-            found = zlib.crc32(self.bytes(at, min(_READ, offset + size - at)), found)
-        if found != crc:
-            raise ValueError("a stream has another checksum")
-
-    def bytes(self, offset: int, size: int) -> bytes:
-        self.file.seek(offset)
-        data = self.file.read(size)
-        if len(data) != size:
-            raise ValueError("the file ends early")
-        return data
-
-    def symbols(self, offset: int, size: int, count: int, alphabet: int) -> Array:
-        if offset in self._ready:
-            return self._ready.pop(offset)
-        return self._decoded([Block(self.bytes(offset, size), count, alphabet)])[0]
-
-    def prepare(self, blocks: list[tuple[int, int, int, int]]) -> None:
-        """Decode blocks (offset, size, count, alphabet) together."""
-        found = self._decoded([Block(self.bytes(offset, size), count, top) for offset, size, count, top in blocks])
-        self._ready = {block[0]: symbols for block, symbols in zip(blocks, found, strict=True)}
-
-    def forget(self) -> None:
-        self._ready = {}
-
-    def _decoded(self, blocks: list[Block]) -> list[Array]:
-        assert self.codec is not None
-        try:
-            found = self.codec.decode_all(blocks)
-        except Exception as error:
-            raise ValueError(f"{self.name} cannot decode a block: {error}") from error
-        for block, symbols in zip(blocks, found, strict=True):
-            kind = np.uint8 if block.alphabet <= 256 else np.uint16
-            if symbols.shape != (block.count,) or symbols.dtype != kind or int(symbols.max()) >= block.alphabet:
-                raise ValueError(f"{self.name} gives other symbols than the {block.count} below {block.alphabet}")
-        return found
-
-
 def _opened(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
@@ -244,31 +219,28 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _places(header: Header, start: int, size: int, place: str) -> dict[str, int]:
-    """Where each text and tensor begins; they fill the file to its end."""
-    names, at = {}, start
-    records: list[TextRecord | TensorRecord] = [*header.texts, *header.tensors]
-    for record in records:
-        key = f"tensor {record.name}" if isinstance(record, TensorRecord) else record.name
-        problem = f"there are two {key}" if key in names else ""
-        names[key] = at
+    """Where each tensor begins; they fill the file to its end."""
+    places, at = {}, start
+    for record in header.tensors:
+        problem = f"there are two tensors {record.name}" if record.name in places else ""
+        places[record.name] = at
         try:
-            at += record.extent() if isinstance(record, TensorRecord) else record.stored
+            at += record.extent()
         except ValueError as error:
-            problem = f"{key}: {error}"
+            problem = f"tensor {record.name}: {error}"
         if problem:
             raise ModelError(f"the pack is damaged: {problem}", at=place, fix=AGAIN)
         if at > size:
-            raise ModelError(f"the pack is damaged: the file ends in {key}", at=place, fix=AGAIN)
+            raise ModelError(f"the pack is damaged: the file ends in tensor {record.name}", at=place, fix=AGAIN)
     if at != size:
         raise ModelError(f"the pack is damaged: {size - at} bytes too many", at=place, fix=AGAIN)
-    return names
+    return places
 
 
 def _check_limit(header: Header, limit: int, place: str) -> None:
-    records: list[TextRecord | TensorRecord] = [*header.texts, *header.tensors]
-    total = sum(record.bytes for record in records)
+    total = sum(record.bytes for record in header.tensors)
     if total > limit:
-        largest = max(records, key=lambda record: record.bytes)
+        largest = max(header.tensors, key=lambda record: record.bytes)
         raise ModelError(
             f"the pack asks for {total:,} bytes, {largest.bytes:,} of them for {largest.name}; the limit is {limit:,}",
             at=place,

@@ -13,6 +13,7 @@ from ..errors import ExportError
 from ..paths import path_from
 from ..process import memory_told
 from ..registry import Registry
+from ..state.form import with_source
 from .reading import Pack
 
 
@@ -20,7 +21,8 @@ from .reading import Pack
 def unpack(
     path: str | Path, folder: str | Path, *, limit_bytes: int | None = None, registry: Registry | None = None
 ) -> tuple[Path, ...]:
-    """Write the files of a pack into `folder`: the source, its weights, and the recipe where there is one.
+    """Write the files of a pack into `folder`: the source, written anew from the graph and not run, the graph, the
+    weights, and the recipe where there is one.
 
     The weights are the very tensors that were packed, bit for bit. `limit_bytes`: see `surgery.Pack`. On failure the
     folder stays as it was.
@@ -31,17 +33,17 @@ def unpack(
     """
     target = path_from(folder, "the folder")
     with Pack(path, limit_bytes=limit_bytes, registry=registry) as content:
-        texts = {"model.py": content.source, "recipe.lock.yaml": content.recipe}
-        tensors = dict(content.tensors())
-        weights = content.weights_name
+        source, tensors = content.source.encode(), dict(content.tensors())
+        files = {"model.py": source, "model.graph.json": with_source(content.document, source).to_bytes()}
+        if content.recipe is not None:
+            files["recipe.lock.yaml"] = content.recipe.encode()
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target) as scratch:
-            save_file(tensors, str(Path(scratch) / weights))
-            (Path(scratch) / weights).chmod(0o666 & ~_umask())  # safetensors lets nobody else read
-            for name, text in texts.items():
-                if text is not None:
-                    (Path(scratch) / name).write_text(text, encoding="utf-8", newline="")
+            save_file(tensors, str(Path(scratch) / "model.safetensors"))
+            (Path(scratch) / "model.safetensors").chmod(0o666 & ~_umask())  # safetensors lets nobody else read
+            for name, data in files.items():
+                (Path(scratch) / name).write_bytes(data)
             return tuple(_moved(file, target) for file in sorted(Path(scratch).iterdir()))
     except (OSError, SafetensorError) as error:
         raise ExportError(

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .. import __version__
-from ..errors import ExportError, ModelError, PluginError
-from ..loading import model_file
+from ..errors import ExportError, PluginError
+from ..loading import SUFFIX, checked_model, model_file, read_graph, reading, weights_file
 from ..paths import path_from
 from ..process import memory_told
 from ..registry import Registry
+from ..state.allowed import Known
 from .choosing import Elements, choose
 from .codec import Codec
 from .container import frame
-from .elements import UNSIGNED
-from .form import DTYPES, Header, TensorRecord, TextRecord
-from .streams import Sink
+from .elements import UNSIGNED, pieces
+from .form import DTYPES, Header, TensorRecord
+from .streams import FileSource, Sink, checksum
 
 if TYPE_CHECKING:
     from .codec import Array
 
-SUFFIX = ".surgery"
 _IN_MEMORY = 64 << 20
 
 
@@ -39,31 +36,40 @@ _IN_MEMORY = 64 << 20
 def pack(
     source: str | Path, path: str | Path | None = None, *, codec: str = "huffman", registry: Registry | None = None
 ) -> Path:
-    """Write a run folder, or a `model.py` with its weights beside it, as one file; nothing of it is lost.
+    """Write a run folder, or a `model.py` with its graph and weights beside it, as one file; nothing of it is lost.
 
     `path`: by default `model.surgery` beside the source. `codec`: the entropy coder, see `Registry.codecs`. The same
     input always gives the same bytes. On failure an older file at `path` stays as it was.
 
     Raises:
-        ModelError: nothing to pack there, the weights are missing or damaged, or the source has no `build(tensors)`.
+        ModelError: nothing to pack there, the weights are missing or damaged, `model.py` is not the one that was
+            written with its graph, or the graph names what is not installed.
         ExportError: there is no such codec, an element type that a pack does not know, or the file cannot be written.
+        PluginError: the codec fails, or loses something.
     """
-    file = model_file(path_from(source, "the path of the source"))
+    file, known = model_file(path_from(source, "the path of the source")), registry or Registry.load()
     target = path_from(path, "the path of the pack") if path is not None else file.with_suffix(SUFFIX)
-    if b"def build(" not in file.read_bytes():
-        raise ModelError(
-            f"{file.name} has no build(tensors), by which a pack gives it its weights",
-            at=str(file),
-            fix="export it again",
-        )
-    chosen = _codec(codec, registry or Registry.load())
-    weights = _weights_file(file)
+    chosen = _codec(codec, known)
+    document, weights = read_graph(file), weights_file(file)
+    with reading(weights), safe_open(str(weights), framework="pt") as stored:
+        shapes = {name: torch.empty(stored.get_slice(name).get_shape(), device="meta") for name in stored.offset_keys()}
+    checked_model(document, shapes, file, Known(known))
+    recipe = file.parent / "recipe.lock.yaml"
     try:
-        _write(file, weights, target, chosen)
-    except SafetensorError as error:
-        raise ModelError(
-            f"{weights.name} is damaged: {error}", at=str(weights), fix="export the model again"
-        ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(target.parent)) as streams,
+            safe_open(str(weights), framework="pt") as stored,
+        ):
+            header = Header(
+                format="surgery-pack",
+                codec=chosen.name(),
+                versions={"surgery": __version__, "torch": torch.__version__},
+                recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+                graph=document.model_copy(update={"source_sha256": None}).plain(),
+                tensors=[_tensor(name, stored.get_tensor(name), streams, chosen) for name in sorted(shapes)],
+            )
+            _place(target, frame(header), streams)
     except OSError as error:
         raise ExportError(
             f"{target} cannot be written: {error.strerror or error}",
@@ -76,31 +82,6 @@ def _codec(name: str, registry: Registry) -> Codec:
     if name not in registry.codecs:
         raise ExportError(f"unknown codec {name!r}", fix=f"installed are {', '.join(registry.codecs) or 'none'}")
     return registry.codecs[name]()
-
-
-def _weights_file(file: Path) -> Path:
-    """The weights that the source reads: those it names, else those of its own name."""
-    named = re.search(r"/ (['\"])([^'\"/\\]+\.safetensors)\1", file.read_text(encoding="utf-8"))
-    weights = file.parent / named.group(2) if named else file.with_suffix(".safetensors")
-    if not weights.is_file():
-        raise ModelError(f"there is no {weights.name} beside {file.name}", at=str(file), fix="put it back there")
-    return weights
-
-
-def _write(file: Path, weights: Path, target: Path, codec: Codec) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(target.parent)) as streams:
-        texts = [*_texts(file, streams)]
-        tensors = [_tensor(name, tensor, Sink(streams, codec)) for name, tensor in _tensors(weights)]
-        header = Header(
-            format="surgery-pack",
-            codec=codec.name(),
-            weights=weights.name,
-            versions={"surgery": __version__, "torch": torch.__version__},
-            texts=texts,
-            tensors=tensors,
-        )
-        _place(target, frame(header), streams)
 
 
 def _place(target: Path, head: bytes, streams: IO[bytes]) -> None:
@@ -118,37 +99,26 @@ def _place(target: Path, head: bytes, streams: IO[bytes]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _texts(file: Path, streams: IO[bytes]) -> Iterator[TextRecord]:
-    names: dict[Literal["model.py", "recipe.lock.yaml"], Path] = {
-        "model.py": file,
-        "recipe.lock.yaml": file.parent / "recipe.lock.yaml",
-    }
-    for name, path in names.items():
-        if path.is_file():
-            plain = path.read_bytes()
-            stored = zlib.compress(plain, 9)
-            streams.write(stored)
-            yield TextRecord(name=name, bytes=len(plain), stored=len(stored), crc=zlib.crc32(stored))
-
-
-def _tensors(weights: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(str(weights), framework="pt") as file:
-        for name in sorted(file.keys()):
-            yield name, file.get_tensor(name)
-
-
-def _tensor(name: str, tensor: Tensor, sink: Sink) -> TensorRecord:
+def _tensor(name: str, tensor: Tensor, streams: IO[bytes], codec: Codec) -> TensorRecord:
+    """Written, and read again."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ExportError(f"{name} is {dtype}, which a pack does not hold", fix=f"known are {', '.join(DTYPES)}")
-    bits = patterns(tensor)
+    bits, at = patterns(tensor), streams.tell()
     try:
-        data = choose(Elements(bits, tensor.is_floating_point()), sink.codec).write(sink)
+        data = choose(Elements(bits, tensor.is_floating_point()), codec).write(Sink(streams, codec))
+        record = TensorRecord(name=name, dtype=dtype, shape=[*tensor.shape], crc=checksum([bits]), data=data)
+        found = checksum(pieces(record.part, FileSource(streams, codec.name(), codec), at))
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise PluginError(
-            f"{sink.codec.name()} cannot encode {name}: {error}", fix="report this to its author"
+            f"{codec.name()} cannot encode {name} so that it comes back: {error}", fix="report this to its author"
         ) from error
-    return TensorRecord(name=name, dtype=dtype, shape=[*tensor.shape], data=data)
+    if found != record.crc:
+        raise PluginError(
+            f"{codec.name()} loses something: {name} comes back as other numbers", fix="report this to its author"
+        )
+    streams.seek(0, os.SEEK_END)
+    return record
 
 
 def patterns(tensor: Tensor) -> Array:

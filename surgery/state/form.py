@@ -5,6 +5,7 @@ It stands as `graph.json` in a state, as `model.graph.json` beside a `model.py`,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import keyword
 from typing import Annotated, Any, Literal
@@ -71,7 +72,7 @@ class NodeRecord(Record):
     args: list[Any] = []
     kwargs: dict[Identifier, Any] = {}
     path: DottedName | None = None
-    """What the user calls the place: `node.meta["module_path"]`."""
+    """What the user calls the place, `node.meta["module_path"]`; by default "" or, of a module, the target."""
     rank: int | list[Any] | None = None
 
 
@@ -109,9 +110,17 @@ class Document(Record):
     tensors: list[TensorRecord]
     nodes: list[NodeRecord]
 
+    def plain(self) -> dict[str, Any]:
+        """JSON-able."""
+        return self.model_dump(by_alias=True, exclude_defaults=True)
+
     def to_bytes(self) -> bytes:
-        data = self.model_dump(by_alias=True, exclude_defaults=True)
-        return (json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(self.plain(), separators=(",", ":"), allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def with_source(document: Document, source: bytes) -> Document:
+    """For a `model.py` of this content."""
+    return document.model_copy(update={"source_sha256": hashlib.sha256(source).hexdigest()})
 
 
 def read_document(data: bytes) -> Document:

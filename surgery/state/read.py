@@ -267,7 +267,8 @@ def _restore_graph(model: nn.Module, document: Document, known: Known) -> fx.Gra
             node = graph.create_node(record.op, target, args, kwargs, name=record.name)
             if node.name != record.name:
                 raise ValueError("this name is there twice")
-            node.meta = {"module_path": record.path} if record.path is not None else {}
+            usual = record.target if record.op == "call_module" else ""
+            node.meta = {"module_path": usual if record.path is None else record.path}
             node.meta |= {"rank": record.rank} if record.rank is not None else {}
             nodes[node.name] = node
     with _place("names, inputs and outputs"):

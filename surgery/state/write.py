@@ -122,7 +122,12 @@ def _tensors(model: nn.Module) -> Iterator[TensorRecord]:
         yield TensorRecord(**fields)
 
 
+def _usual_path(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else ""
+
+
 def _node(node: fx.Node) -> NodeRecord:
+    path = node.meta.get("module_path", _usual_path(node))
     try:
         return NodeRecord(
             name=node.name,
@@ -130,8 +135,8 @@ def _node(node: fx.Node) -> NodeRecord:
             target=encode_target(node.target) if node.op == "call_function" else str(node.target),
             args=[encode(value) for value in node.args],
             kwargs={key: encode(value) for key, value in node.kwargs.items()},
-            path=node.meta.get("module_path"),
-            rank=_ranks(node.meta.get("tensor_meta")),
+            path=None if path == _usual_path(node) else path,
+            rank=ranks(node),
         )
     except (TypeError, ValueError) as error:
         raise ExportError(
@@ -139,6 +144,12 @@ def _node(node: fx.Node) -> NodeRecord:
             at=node.format_node() or "",
             fix="the pass that made it must use aten operators, torch.nn layers and plain values",
         ) from error
+
+
+def ranks(node: fx.Node) -> Any:
+    """Dimensions of the node's result at the example, or what a file says they are."""
+    meta = node.meta.get("tensor_meta")
+    return _ranks(meta) if meta is not None else node.meta.get("rank")
 
 
 def _ranks(meta: Any) -> Any:

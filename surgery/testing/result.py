@@ -12,7 +12,7 @@ from ..export.onnx import export_onnx
 from ..export.source import export_source
 from ..export.tensor_names import named_inputs
 from ..inputs import Inputs
-from ..loading import load
+from ..loading import read_model, run_source
 from ..parity import parity
 from ..state import Known, load_state, save_state
 from ..torch_private import tree_leaves
@@ -72,13 +72,15 @@ def survives_a_restart(trial: Trial) -> None:
 
 
 def exports_to_source(trial: Trial) -> None:
-    """written as plain Python and safetensors, and loaded without pickle, it gives bit-identical outputs"""
+    """written as plain Python, graph and safetensors, and loaded without pickle, it gives bit-identical outputs"""
     export_source(trial.after, trial.folder / "source")
     files = {path.suffix for path in (trial.folder / "source").iterdir() if path.is_file()}
-    assert files == {".py", ".safetensors"}, f"wrote {sorted(files)}"
-    again = load(trial.folder / "source")
-    assert list(again.state_dict()) == list(trial.after.state_dict()), "the state_dict has other keys"
-    assert_same_outputs(trial, again, trial.after)
+    assert files == {".py", ".json", ".safetensors"}, f"wrote {sorted(files)}"
+    source = trial.folder / "source" / "model.py"
+    run = run_source(source.read_text(encoding="utf-8"), source)
+    for again in (run, read_model(source, Known(model=trial.after))):
+        assert list(again.state_dict()) == list(trial.after.state_dict()), "the state_dict has other keys"
+        assert_same_outputs(trial, again, trial.after)
 
 
 def exports_to_onnx(trial: Trial) -> None:

@@ -14,6 +14,7 @@ zeroth-order entropies, block by block as they are coded.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import resource
 import signal
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from pack_attacks import ATTACKS
 from pack_mutations import LIMIT, WAYS, every_kind, outcome, write_model
 
 import surgery
@@ -205,7 +207,7 @@ def symbol_blocks(pack: surgery.Pack) -> Iterator[tuple[np.ndarray, int]]:
 
     pack._find_codec()
     for record in pack._header.tensors:
-        for place in block_places(record.part, pack._places[f"tensor {record.name}"]):
+        for place in block_places(record.part, pack._places[record.name]):
             yield pack._source.symbols(*place), place[1]
 
 
@@ -213,7 +215,7 @@ def symbol_blocks(pack: surgery.Pack) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def size(options: argparse.Namespace) -> None:
-    print("| model | float32 | file | header and texts | raw | symbols | over their entropy | all |")
+    print("| model | float32 | file | header | raw | symbols | over their entropy | all |")
     print("|---|---|---|---|---|---|---|---|")
     for file in sorted((options.shared / "models").glob("resnet*.safetensors")):
         if not any(f"resnet{depth}_" in file.name for depth in options.depth):
@@ -249,7 +251,7 @@ def real_models(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         tensors: dict[str, Tensor] = {}
         for layer, weight in weights.items():
             parts = KINDS[name](weight) if weight.ndim > 1 else {"": weight}
-            tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            tensors |= {f"{layer}.{part}".rstrip("."): tensor.contiguous() for part, tensor in parts.items()}
         result[name] = tensors
     return result
 
@@ -314,9 +316,39 @@ def fuzz(options: argparse.Namespace) -> None:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     for (name, result), count in sorted(counts.items()):
         print(f"{name:16} {result:8} {count:7}")
+    print()
+    attack(registry)
     print(f"longest {longest:.2f} s; memory grew by {grown / 1e6:.1f} MB under a limit of {LIMIT / 1e6:.1f} MB")
     if any(result == "BROKEN" for _, result in counts) or grown > 2 * LIMIT:
         sys.exit(1)
+
+
+def attack(registry: surgery.Registry) -> None:
+    """Small files that declare much, each in a process of its own."""
+    print("| attack | bytes | ends as | seconds | memory |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for make in ATTACKS:
+            path = Path(scratch) / "attack.surgery"
+            path.write_bytes(make())
+            print(f"| {make.__doc__} | {path.stat().st_size:,} | {' | '.join(_attacked(path, registry))} |", flush=True)
+
+
+def _attacked(path: Path, registry: surgery.Registry) -> tuple[str, str, str]:
+    """How reading ends, its seconds, and by how much its process grows: forked, so that nothing is imported first."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def read() -> None:
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        result = outcome(path, {}, registry, same=False)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        theirs.send((result, f"{time.perf_counter() - start:.2f}", f"{grown:.0f} MB"))
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.terminate()
+    return ours.recv() if ours.poll() else ("BROKEN", "", "")
 
 
 def _too_long(*_: object) -> None:
