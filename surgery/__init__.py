@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from .errors import RecipeError as RecipeError
     from .errors import RunError as RunError
     from .errors import SurgeryError as SurgeryError
-    from .export.onnx import export_onnx as export_onnx
+    from .export.checked import export_onnx as export_onnx
     from .export.source import export_source as export_source
     from .graph import Layer as Layer
     from .graph import layers as layers
@@ -146,7 +146,7 @@ _HOME = {
         "RunError",
         "SurgeryError",
     ),
-    "export.onnx": ("export_onnx",),
+    "export.checked": ("export_onnx",),
     "export.source": ("export_source",),
     "graph": ("Layer", "layers", "matches", "shape", "sharing", "tied"),
     "hoisting": ("hoisted",),

@@ -19,8 +19,9 @@ from .calibration import checked_inputs
 from .captured import CapturedModel
 from .context import Progress
 from .data import Data, pair_of
-from .errors import RecipeError
-from .export.onnx import OPSET, export_onnx
+from .errors import ExportError, RecipeError
+from .export.checked import export_onnx
+from .export.onnx import OPSET
 from .export.runtime import runtime_session
 from .export.session_process import LARGE_FILE, file_bytes
 from .inputs import Inputs
@@ -63,9 +64,25 @@ class Judge:
         folder.mkdir()
         self._written += 1
         metadata = {} if model is self.original else self._metadata
-        path = export_onnx(model, model.inputs, folder / name, opset=self._recipe.opset or OPSET, metadata=metadata)
+        opset, check = self._recipe.opset or OPSET, model is self.original  # of others `verify` compares the outputs
+        path = export_onnx(model, model.inputs, folder / name, opset=opset, metadata=metadata, check=check)
         self._files.append((model, path))
         return path
+
+    @cached_property
+    def without_file(self) -> str:
+        """Why models have no ONNX file here, which the recipe does not ask for then; empty where they have.
+
+        Raises:
+            ExportError: the recipe asks for one and the original has none that is right.
+        """
+        try:
+            self.file(self.original)
+        except ExportError as error:
+            if "onnx" in self._recipe.export:
+                raise
+            return f"neither parity nor latency was measured, for want of an ONNX file: {error.problem}"
+        return ""
 
     def forget_all_but(self, model: CapturedModel) -> None:
         """Drop the files of other models, the original's excepted."""
@@ -78,6 +95,7 @@ class Judge:
         """Where the original stands, by the first batch alone where that tells.
 
         Raises:
+            ExportError: it has no right ONNX file.
             RecipeError: it breaks the budget itself, or nothing is there to measure the budget by.
         """
         budget = self._recipe.budget
@@ -127,8 +145,7 @@ class Judge:
     def _standing(
         self, model: CapturedModel, verification: Verification, latency: StepLatency | None = None
     ) -> Standing:
-        written = self.file(model).parent.iterdir()
-        size = sum(path.stat().st_size for path in written)
+        size = 0 if self.without_file else file_bytes(self.file(model))
         return Standing(measure(model, model.inputs), size, verification, latency)
 
     def _verify(self, model: CapturedModel, *, first_batch_only: bool = False) -> Verification:
@@ -139,7 +156,8 @@ class Judge:
         batches = self._batches()
         if first_batch_only:
             batches = islice(batches, 1)
-        file, state = self.file(model), ProcessState()
+        file = None if self.without_file else self.file(model)
+        state = ProcessState()
         try:
             return verify(
                 self.original,
@@ -149,6 +167,7 @@ class Judge:
                 budget=self._recipe.budget,
                 labelled=labelled,
                 metric=data.metric,
+                parity=file is not None,
             )
         finally:
             changed = state.restore()
@@ -174,7 +193,7 @@ class Judge:
             yield self.original.inputs
 
     def _latency(self, model: CapturedModel, before: CapturedModel) -> StepLatency | None:
-        if not self._rounds:
+        if not self._rounds or self.without_file:
             return None
         self._progress("latency", 0, 1)
         files = {str(id(m)): self.file(m) for m in (self.original, before, model)}

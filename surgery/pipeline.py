@@ -182,6 +182,7 @@ class _Run:
         original = load_state(self.folder.work / "captured", known, lambda: specs)
         judge = self._judge(original)
         standing = judge.check_budget()
+        notes += (judge.without_file,) if judge.without_file else ()
         report = PassReport(notes=notes).with_restored(judge.restored(), "the evaluation")
         results.append(StepResult("capture", report, standing))
         self.folder.keep(0, original, results[0])

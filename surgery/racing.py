@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .captured import CapturedModel, capture
-from .export.onnx import export_onnx
+from .export.onnx import write_onnx
 from .export.runtime import runtime_session
 from .export.tensor_names import named_outputs
 from .inputs import Inputs
@@ -46,7 +46,7 @@ def onnx_latency(
 def export_each(together: CapturedModel, folder: Path) -> list[Path]:
     """A file for each result of `together`, cut out of one file: most of the time of a small export is the same for
     all models."""
-    whole = export_onnx(together, together.inputs, folder / "whole.onnx")
+    whole = write_onnx(together, together.inputs, folder / "whole.onnx")
     graph = onnx.load(whole, load_external_data=False).graph
     inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
     files: list[Path] = []

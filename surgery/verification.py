@@ -19,7 +19,7 @@ from torch import nn
 from .captured import CapturedModel
 from .divergence import Divergence
 from .errors import InputError
-from .export.onnx import export_onnx
+from .export.onnx import write_onnx
 from .export.runtime import CPU, CUDA, OnnxModel, runtime_session
 from .fidelity import Comparison, Fidelity, Metric
 from .parity import CUDA_FACTOR, Contest, OnnxContest, Parity, bound_of
@@ -93,14 +93,15 @@ def verify(
     labelled: bool = False,
     metric: Metric | None = None,
     trust: bool = False,
+    parity: bool = True,
 ) -> Verification:
     """Compares `candidate` with `reference`, and with its own ONNX file on every provider and device there is.
 
     Models are modules, ONNX files, or what `surgery.load` reads, from the graph, or with `trust` by running `model.py`.
     `inputs`: an iterable of batches (a tensor, a tuple or a dict of arguments; pairs with a target if `labelled`),
     iterated once, or a lone tensor as one batch. Without `onnx`, the candidate is exported for the comparison. A
-    candidate that is an ONNX file itself has fidelity alone. `budget` bounds the fidelity; without one, the outputs
-    only have to be finite numbers.
+    candidate that is an ONNX file itself has fidelity alone, and so has every one with `parity=False`. `budget` bounds
+    the fidelity; without one, the outputs only have to be finite numbers.
 
     Raises:
         ModelError: a file is no model, or outputs differ in number or shape.
@@ -113,7 +114,7 @@ def verify(
     with ExitStack() as stack:
         expected = stack.enter_context(running(reference, signature=candidate))
         actual = stack.enter_context(running(candidate, signature=reference))
-        if isinstance(candidate, nn.Module):
+        if isinstance(candidate, nn.Module) and parity:
             first = next(batches)
             batches = chain([first], batches)
             file = path_from(onnx, "onnx") if onnx is not None else _exported(candidate, first[0], stack)
@@ -144,7 +145,7 @@ def _loaded(model: Model | str | os.PathLike[str], trust: bool) -> Model:
 def _exported(model: nn.Module, batch: Any, stack: ExitStack) -> Path:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     example = model.inputs if isinstance(model, CapturedModel) else batch
-    return export_onnx(model, example, Path(folder) / "model.onnx")
+    return write_onnx(model, example, Path(folder) / "model.onnx")
 
 
 def _contests(

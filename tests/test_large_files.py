@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.errors import InputError, ModelError
 from surgery.export import runtime, streaming
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.export.session_process import SessionProcess
 from surgery.state.files import read_tensors, write_tensors

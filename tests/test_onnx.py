@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import surgery.export.onnx as exporting
 from surgery.captured import capture
 from surgery.errors import ExportError, InputError, ModelError
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.export.tensor_names import named_inputs, named_outputs
 from surgery.inputs import Inputs

@@ -19,7 +19,7 @@ from surgery.captured import capture
 from surgery.deviation import Deviation
 from surgery.divergence import first_divergence
 from surgery.errors import InputError, ModelError
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.fidelity import fidelity
 from surgery.parity import BOUNDS, parity

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..paths import path_from
 from ..precision import full_precision
 from ..process import exclusive
 from ..tracing import evaluating, first_line, quiet, user_line
+from .corrections import correct
 from .streaming import save
 from .tensor_names import named_inputs, named_outputs, unique
 from .tidy import forget_inner_shapes, tidy
@@ -41,6 +42,10 @@ from .tidy import forget_inner_shapes, tidy
 OPSET = 18
 MAX_PROTO_BYTES = 2**31 - 2**20
 """A protobuf message ends at 2 GiB, the weights and a little more; larger weights go into a second file."""
+ANOTHER_WAY = (
+    "compute it by other operators in the model, or leave ONNX out: `export: [source]` in a recipe, "
+    "`surgery.export_source` without one"
+)
 SAME = 1e-3
 """Relative error of a program that computes the same; rounding stays far below, another branch far above."""
 
@@ -58,7 +63,7 @@ class OnnxTrace:
 
 @exclusive()
 @full_precision()
-def export_onnx(
+def write_onnx(
     model: nn.Module,
     example_inputs: Any,
     path: str | os.PathLike[str],
@@ -66,23 +71,16 @@ def export_onnx(
     opset: int = OPSET,
     dynamic_batch: bool | None = None,
     metadata: Mapping[str, str] | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes `model`, in eval mode and on the CPU, to `path`. The model itself stays as it is.
-
-    The batch dimension of every input is named `batch`. `dynamic_batch=None` takes a captured model's word for it, and
-    for any other model leaves the batch open if that can be traced. `metadata` goes into the file, beside the versions
-    of this SDK, torch and onnx. The file appears whole or not at all. Weights above 2 GiB go into `<path>.data`.
-
-    Raises:
-        ExportError: an operator has no ONNX form, the batch cannot stay open as asked, or the file cannot be written.
-    """
+    """What `export_onnx` does; before the file appears, `accept` is given it and may raise."""
     target = path_from(path, "the path of the ONNX file")
     trace = trace_onnx(model, example_inputs, opset=opset, dynamic_batch=dynamic_batch)
     forget_inner_shapes(trace.onnx.graph)
     versions = {"surgery": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     trace.onnx.metadata_props.update(sorted({**versions, **(metadata or {})}.items()))
     try:
-        _write(trace.onnx, target)
+        _write(trace.onnx, target, accept)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         rare = any(t.dtype in (torch.bfloat16, torch.float64) for t in tensors(model).values())
         remedy = "`model.float()`: ONNX has few operators for its number type" if rare else "try another opset"
@@ -147,6 +145,7 @@ def _trace(model: nn.Module, sample: Inputs, opset: int, *, dynamic: bool) -> On
         program = _export(_Flat(model, example), shapes)
         if dynamic:
             _check_batch(model, program, sample)
+        correct(program, ANOTHER_WAY)
         try:
             result: Any = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, opset_version=opset)
         except Exception as error:  # the exporter's own classes are private
@@ -219,7 +218,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     return model if all(t.device.type == "cpu" for t in tensors) else copy.deepcopy(model).cpu()
 
 
-def _write(model: ir.Model, target: Path) -> None:
+def _write(model: ir.Model, target: Path, accept: Callable[[Path], None] | None) -> None:
     """Writes into a folder beside the target, checks the result, then moves it into place; the model comes last."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     data = f"{target.name}.data" if weights > MAX_PROTO_BYTES else None
@@ -231,6 +230,8 @@ def _write(model: ir.Model, target: Path) -> None:
         else:  # the checker would read large weights several times
             onnx.save(save(model, folder / target.name), folder / "outline.onnx")
             onnx.checker.check_model(folder / "outline.onnx", full_check=True)
+        if accept:
+            accept(folder / target.name)
         for name in filter(None, (data, target.name)):
             os.replace(folder / name, target.parent / name)
     finally:

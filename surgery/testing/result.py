@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..captured import relative_error
-from ..export.onnx import export_onnx
+from ..export.onnx import write_onnx
 from ..export.source import export_source
 from ..export.tensor_names import named_inputs
 from ..inputs import Inputs
@@ -85,7 +85,7 @@ def exports_to_source(trial: Trial) -> None:
 
 def exports_to_onnx(trial: Trial) -> None:
     """its ONNX file gives the same outputs in ONNX Runtime, within the bound of its type; its integers fit 31 bits"""
-    path = export_onnx(trial.after, trial.after.inputs, trial.folder / "model.onnx")
+    path = write_onnx(trial.after, trial.after.inputs, trial.folder / "model.onnx")
     proof = parity(trial.after, path, list(trial.batches()))
     where = f", first at {proof.first_divergence}" if proof.first_divergence else ""
     assert proof.passed, f"deviates by {proof.relative_error:.1e}, the bound is {proof.bound:g}{where}"

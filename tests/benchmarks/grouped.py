@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import Context, Data, Registry, hookimpl
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.measurement import latency
 from surgery.testing import randomise

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from surgery.captured import CapturedModel, capture
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.parity import parity
 from surgery.testing import randomise
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import surgery
 from surgery import Context, Data
-from surgery.export.onnx import export_onnx
+from surgery.export.checked import export_onnx
 from surgery.export.runtime import runtime_session
 from surgery.measurement import latency
 

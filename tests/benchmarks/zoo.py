@@ -120,7 +120,7 @@ def lost_tensors(model: nn.Module, captured: nn.Module) -> tuple[str, ...]:
 
 
 def onnx_parity(captured: CapturedModel) -> float:
-    from surgery.export.onnx import export_onnx
+    from surgery.export.checked import export_onnx
     from surgery.parity import parity
 
     with tempfile.TemporaryDirectory() as folder:
