@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .export.checked import export_onnx as export_onnx
     from .export.source import export_source as export_source
     from .graph import Layer as Layer
+    from .graph import batch_dims as batch_dims
     from .graph import layers as layers
     from .graph import matches as matches
     from .graph import shape as shape
@@ -148,7 +149,7 @@ _HOME = {
     ),
     "export.checked": ("export_onnx",),
     "export.source": ("export_source",),
-    "graph": ("Layer", "layers", "matches", "shape", "sharing", "tied"),
+    "graph": ("Layer", "batch_dims", "layers", "matches", "shape", "sharing", "tied"),
     "hoisting": ("hoisted",),
     "hooks": ("hookimpl",),
     "inputs": ("Inputs",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -27,6 +28,7 @@ from .torch_private import register_decomposed as register_decomposed
 from .torch_private import set_parameters as set_parameters
 from .torch_private import tree_leaves as tree_leaves
 from .torch_private import tree_map_only as tree_map_only
+from .tracing import evaluating
 from .vocabulary import arguments
 
 
@@ -214,6 +216,46 @@ class _Shapes(Recorder):
 def propagate(model: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     """Run the model once and note every node's shape and type in `node.meta["tensor_meta"]`. Gives the flat outputs."""
     return list(tree_leaves(_Shapes(model).run_inputs(inputs)))
+
+
+class _Sizes(Recorder):
+    """Keeps the sizes of every tensor."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.sizes: dict[str, tuple[int, ...]] = {}
+
+    def see(self, node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.sizes[node.name] = tuple(value.shape)
+
+
+def batch_dims(model: fx.GraphModule, inputs: Inputs, *, free_batch: bool) -> dict[str, tuple[int, ...]]:
+    """By name of the node, the dimensions of its value that grow with the batch: where it stands, or is a factor.
+
+    Found by running another batch size, however the model moves the batch about; with a fixed one by the size itself.
+    """
+    inputs = inputs.to(next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu")))
+    batch = inputs.batch_size
+    own = _sizes(model, inputs)
+    if not free_batch:
+        return {name: (0,) if sizes[:1] == (batch,) else () for name, sizes in own.items()}
+    for size in (batch + 1, 2 * batch + 2, 3 * batch):  # a model may take multiples alone
+        with suppress(RuntimeError, ValueError):
+            other = _sizes(model, inputs.with_batch(size))
+            return {name: _different(sizes, other[name]) for name, sizes in own.items()}
+    return {}
+
+
+def _different(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dim for dim, sizes in enumerate(zip(one, other, strict=True)) if sizes[0] != sizes[1])
+
+
+def _sizes(model: fx.GraphModule, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    run = _Sizes(model)
+    with evaluating(model):
+        run.run_inputs(inputs)
+    return run.sizes
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -66,9 +66,9 @@ class MutualInformation(Criterion):
         classes: list[Tensor] = []
 
         def show(name: str, value: Tensor) -> Tensor:
-            for number, carrier in places[name]:
+            for number, carrier, batch in places[name]:
                 size = found.groups[number].size
-                means = per_unit(found, carrier, size, value, inputs.batch_size)
+                means = per_unit(batch, carrier, size, value, inputs.batch_size)
                 rows.setdefault((number, name, carrier.dim), []).append(means)
             return value
 

@@ -28,8 +28,8 @@ def taylor(found: Channels, context: Context) -> list[Tensor]:
         samples = inputs.batch_size
         products = _products(context, model, values, (inputs, target))
         for name, product in products.items():
-            for number, carrier in places[name]:
-                means = per_unit(found, carrier, len(totals[number]), product, samples)
+            for number, carrier, batch in places[name]:
+                means = per_unit(batch, carrier, len(totals[number]), product, samples)
                 positions = product.numel() // product.shape[carrier.dim] // len(means)
                 sums = means * positions * torch.bincount(carrier.units, minlength=len(totals[number]))
                 own = sums * samples  # from the gradient of the mean loss to that of each sample's loss

@@ -89,28 +89,19 @@ def tapped(found: Channels, context: Context, show: Callable[[str, Tensor], Tens
     return model
 
 
-def per_unit(found: Channels, carrier: Carrier, size: int, value: Tensor, samples: int) -> Tensor:
+def per_unit(batch: int | None, carrier: Carrier, size: int, value: Tensor, samples: int) -> Tensor:
     """(samples, size) mean of `value` over all positions of each unit; a single row where no dimension is the batch.
 
-    `size`: units of the group. Units that are not there have 0.
+    `batch`: the dimension that grows with the batch: it lies in whole blocks per sample, as windows do. `size`: units
+    of the group. Units that are not there have 0.
     """
-    batch = _batch_dim(found, carrier, value, samples)
-    if batch is None:
+    if batch is None or value.shape[batch] % samples:
         rows = value.movedim(carrier.dim, -1).reshape(1, -1, value.shape[carrier.dim])
     else:
         rows = value.movedim((batch, carrier.dim), (0, -1)).reshape(samples, -1, value.shape[carrier.dim])
     means = rows.mean(1, dtype=torch.float64).cpu()[:, carrier.positions]
     total = torch.zeros(len(means), size, dtype=torch.float64).index_add_(1, carrier.units, means)
     return total / torch.bincount(carrier.units, minlength=size).clamp_min(1)
-
-
-def _batch_dim(found: Channels, carrier: Carrier, value: Tensor, samples: int) -> int | None:
-    """The dimension that grows with the batch: it lies in whole blocks per sample, as windows do."""
-    example, then = found.model.inputs.batch_size, found.walk.values[carrier.node].shape
-    for dim, (now, before) in enumerate(zip(value.shape, then, strict=True)):
-        if dim != carrier.dim and now % samples == 0 and now * example == before * samples:
-            return dim
-    return None
 
 
 def mean_per_unit(
@@ -122,8 +113,8 @@ def mean_per_unit(
 
     def show(name: str, value: Tensor) -> Tensor:
         measured = measure(value)
-        for number, carrier in places[name]:
-            means = per_unit(found, carrier, len(totals[number]), measured, inputs.batch_size)
+        for number, carrier, batch in places[name]:
+            means = per_unit(batch, carrier, len(totals[number]), measured, inputs.batch_size)
             totals[number] += means.mean(0) * inputs.batch_size
         return value
 
@@ -135,10 +126,17 @@ def mean_per_unit(
     return [total / seen for total in totals]
 
 
-def places_by_node(found: Channels) -> dict[str, list[tuple[int, Carrier]]]:
-    """Number of the group and carrier, of all that stand at each node."""
-    places: dict[str, list[tuple[int, Carrier]]] = {}
+Place = tuple[int, Carrier, int | None]
+"""Number of the group, the carrier, and the dimension of its value where the batch stands."""
+
+
+def places_by_node(found: Channels) -> dict[str, list[Place]]:
+    """All groups that stand at each node."""
+    model, places = found.model, dict[str, list[Place]]()
+    where = surgery.batch_dims(model, model.inputs, free_batch=model.dynamic_batch)
     for number, own in enumerate(found.carriers):
         for carrier in own:
-            places.setdefault(carrier.node.name, []).append((number, carrier))
+            name = carrier.node.name
+            batch = next((dim for dim in where.get(name, ()) if dim != carrier.dim), None)
+            places.setdefault(name, []).append((number, carrier, batch))
     return places

@@ -70,8 +70,9 @@ def gram_bytes(item: Item) -> int:
 class Collector:
     """Adds up what is wanted about one layer or node over its calls."""
 
-    def __init__(self, item: Item, want: Sequence[Want], chunk_bytes: int) -> None:
-        self.item, self.want, self._chunk_bytes = item, want, chunk_bytes
+    def __init__(self, item: Item, want: Sequence[Want], chunk_bytes: int, batch_dims: Sequence[int] = (0,)) -> None:
+        """`batch_dims`: where the batch stands in the value of a node."""
+        self.item, self.want, self._chunk_bytes, self._batch_dims = item, want, chunk_bytes, batch_dims
         self.module = item.module if isinstance(item, Layer) else None
         unfolds = "gram" in want or "mean" in want
         if unfolds and not (self.module and can_unfold(self.module)):
@@ -105,7 +106,7 @@ class Collector:
                 for rows in unfold(self.module, x, self._chunk_bytes):
                     running.add(rows)
             else:
-                values = _by_channel(x if field.startswith("input") else y, self.module)
+                values = _by_channel(x if field.startswith("input") else y, self.module, self._batch_dims)
                 running.add(values.unsqueeze(0) if isinstance(running, Scatter) else values)
 
     def check(self, batch: int) -> None:
@@ -125,12 +126,16 @@ class Collector:
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 
 
-def _by_channel(value: Tensor, module: nn.Module | None) -> Tensor:
-    """As (rows, channels): the last dimension for layers that work along it, otherwise dimension 1."""
-    if value.ndim < 2:
+def _by_channel(value: Tensor, module: nn.Module | None, batch_dims: Sequence[int]) -> Tensor:
+    """As (rows, channels): the last dimension for layers that work along it, otherwise dimension 1; of a node the first
+    of these where the batch does not stand, which has another size in every batch."""
+    if isinstance(module, _CHANNELS_LAST):
+        order = [value.ndim - 1]
+    else:
+        order = [dim for dim in (1, value.ndim - 1, *range(value.ndim)) if module or dim not in batch_dims]
+    if value.ndim < 2 or not order:
         return value.reshape(-1, 1)
-    if not isinstance(module, _CHANNELS_LAST):
-        value = value.movedim(1, -1)
+    value = value.movedim(order[0], -1)
     return value.reshape(-1, value.shape[-1])
 
 

@@ -19,7 +19,7 @@ import torch
 from ..captured import CapturedModel
 from ..context import Progress, silent
 from ..errors import PluginError
-from ..graph import Layer
+from ..graph import Layer, batch_dims
 from ..inputs import Inputs
 from ..names import tensors
 from ..torch_private import version_of
@@ -106,7 +106,9 @@ class Calibration:
         yield from sweep(model, there, batches, steps, self.chunk_bytes)
 
     def _run(self, model: CapturedModel, items: Sequence[Item], want: Sequence[Want]) -> _Known:
-        collectors = {_key(item): Collector(item, want, self.chunk_bytes) for item in items}
+        nodes = any(not isinstance(item, Layer) for item in items)
+        where = batch_dims(model, model.inputs, free_batch=model.dynamic_batch) if nodes else {}
+        collectors = {_key(item): Collector(item, want, self.chunk_bytes, where.get(item.name, (0,))) for item in items}
         here = placed(model, self.device)
         gatherer = Gatherer(here, collectors.values())
         for number, inputs in enumerate(self._inputs(model, f"calibrating {len(items)} layers")):
