@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_networks import Do
-from removal import assert_removed_is_masked, found, net_between, reasons, sizes
+from removal import assert_removed_is_masked, deviation, found, net_between, reasons, sizes
 from torch import nn
 
 from surgery import ChannelRule, capture, find_channels
@@ -127,3 +127,24 @@ def test_a_module_whose_rule_fails_at_one_call_keeps_its_channels_at_the_other()
     channels = find_channels(captured, {nn.Conv2d: ChannelRule(once)})
     assert sizes(channels) == {}
     assert reasons(channels)["a"] == "c: the channel rule for Conv2d fails: ZeroDivisionError: no luck"
+
+
+def test_what_the_analysis_stumbles_over_keeps_its_channels_and_ends_nothing(monkeypatch):
+    def only_at_relu(model, node, values):
+        if node.name == "relu":
+            raise KeyError(node.name)
+
+    monkeypatch.setattr("surgery.channels.walk.find_shuffle", only_at_relu)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1))
+    channels = found(layers, torch.randn(2, 3, SIDE, SIDE))
+    assert sizes(channels) == {"2": 6}
+    assert reasons(channels)["0"] == "relu: aten.relu.default cannot be followed: KeyError: 'relu'"
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_single_channel_that_is_left_is_not_squeezed_away(batch):
+    model = Do(lambda m, x: m.b(m.a(x).mean((2, 3), keepdim=True).squeeze()), a=nn.Conv2d(3, 8, 1), b=nn.Linear(8, 2))
+    channels = found(model, torch.randn(batch, 3, SIDE, SIDE))
+    marks = [torch.arange(8) != 5]
+    assert deviation(channels, marks, channels.model.inputs) <= 1e-6
+    assert deviation(channels, marks, channels.model.inputs.with_batch(4)) <= 1e-6

@@ -183,6 +183,16 @@ def _split(call: Shrinking) -> None:
         call.node.args, call.node.kwargs = (call.node.args[0], sizes, dim), {}
 
 
+def _squeeze(call: Shrinking) -> None:
+    """squeeze(x) of all dimensions of size 1: not of one that has a single channel left."""
+    x = call.input
+    every = call.node.target is aten.squeeze.default
+    if every and any(axis and call.size(x, d) == 1 for d, axis in enumerate(x.axes)):
+        batch = call.model.dynamic_batch and x.shape[0] == call.model.inputs.batch_size
+        dims = [d for d, size in enumerate(x.shape) if size == 1 and not (batch and d == 0)]
+        call.node.target, call.node.args = aten.squeeze.dims, (call.node.args[0], dims)
+
+
 def _pad(call: Shrinking) -> None:
     amounts = list(call["pad"])
     for pair in range(len(amounts) // 2):
@@ -243,6 +253,7 @@ RULES: dict[Any, Shrink] = {
     aten.split_with_sizes: _split,
     aten.chunk: _split,
     aten.tensor_split: _split,
+    aten.squeeze: _squeeze,
     aten.pad: _pad,
     aten.constant_pad_nd: _pad,
     aten.scaled_dot_product_attention: _scale,

@@ -15,6 +15,7 @@ from ..captured import CapturedModel
 from ..graph import layers
 from ..names import get_attribute, tensors
 from ..torch_private import OpOverload, tree_leaves, tree_map, tree_map_only
+from ..tracing import first_line
 from ..vocabulary import arguments
 from .arithmetic import unknown
 from .call import Call, Facts, Heads, parameter_value
@@ -41,8 +42,17 @@ class Walk:
 
     def run(self) -> Walk:
         for node in self.model.graph.nodes:
-            self.values[node] = self._value(node)
+            try:
+                self.values[node] = self._value(node)
+            except Exception as error:  # whatever it is, it ends no run
+                self.values[node] = self._given_up(node, f"{type(error).__name__}: {first_line(error)}")
         return self
+
+    def _given_up(self, node: fx.Node, problem: str) -> Any:
+        for value in values_in([self.values[source] for source in node.all_input_nodes]):
+            for axis in filter(None, value.axes):
+                self.facts.positions.freeze(axis.ids, f"{node.name}: {node.target} cannot be followed: {problem}")
+        return rigid_result(node)
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":

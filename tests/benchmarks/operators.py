@@ -41,6 +41,7 @@ def collected(names: Sequence[str], part: str, onnx: bool, file: Path) -> list[R
     """The rows of the file, and those that it lacked."""
     known, rows = stored(file), []
     number, parts = map(int, part.split("/"))
+    warm_up(onnx)
     for op in database()[number - 1 :: parts]:
         name = name_of(op)
         if names and name not in names:
@@ -56,6 +57,11 @@ def collected(names: Sequence[str], part: str, onnx: bool, file: Path) -> list[R
         rows.append(row)
         print(line(row), flush=True)
     return rows
+
+
+def warm_up(onnx: bool) -> None:
+    """First-call costs, which forked processes inherit."""
+    examined(next(op for op in database() if op.name == "sin"), onnx)
 
 
 def line(row: Row) -> str:
