@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .captured import CapturedModel
 from .contract import snapshot
 from .errors import PluginError
-from .graph import MUCH, Layer, held_bytes, layers, remove_unused, weight_expression
+from .graph import MUCH, Layer, held_bytes, layers, remove_unread, weight_expression
 from .names import get_attribute, set_module, submodule
 from .operands import evaluate, lowered
 from .replacement import erase, release, replace_layer
@@ -57,11 +57,12 @@ def replace_weight(
     _put_last(model, _home(layer), "bias")
     nodes = list(layer.nodes) if layer.functional else _functional_calls(model, layer)
     with model.graph.inserting_before(min(nodes)):
-        weight = _inlined(model, traced, [model.graph.get_attr(name) for name in names], layer.name)
+        readers = [model.graph.get_attr(name) for name in names]
+        weight = _inlined(model, traced, readers, layer.name)
     for node in nodes:
         _set_weight(node, weight)
-    erase(model.graph, released)
-    remove_unused(model)
+    erase(model.graph, [*readers, *released])  # and no more: looking through the graph takes long in deep models
+    remove_unread(model)
 
 
 def weight_function(model: CapturedModel, layer: Layer) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:

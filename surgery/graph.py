@@ -140,8 +140,13 @@ def weight_expression(layer: Layer) -> list[fx.Node]:
 
 
 def remove_unused(model: fx.GraphModule) -> None:
-    """Drop nodes without users, then modules, parameters and buffers that no node reads."""
+    """Drop nodes without users, then what `remove_unread` does."""
     model.graph.eliminate_dead_code()
+    remove_unread(model)
+
+
+def remove_unread(model: fx.GraphModule) -> None:
+    """Drop modules, parameters and buffers that no node reads."""
     called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
     read = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
 

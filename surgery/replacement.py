@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
-from .graph import Layer, remove_unused, weight_expression
+from .graph import Layer, remove_unread, weight_expression
 from .names import get_attribute, set_module
 from .torch_private import OpOverload, buffers_of, children_of, parameters_of, tensor_metadata, tree_leaves, tree_map
 
@@ -68,7 +68,7 @@ def replace_layer(model: fx.GraphModule, layer: Layer, parts: Mapping[str, nn.Mo
         _replace_call(model.graph, node, base, named)
     erase(model.graph, released)
     if layer.functional:
-        remove_unused(model)
+        remove_unread(model)
 
 
 def release(model: fx.GraphModule, layer: Layer, weight_only: bool = False) -> list[fx.Node]:
