@@ -48,6 +48,29 @@ def test_a_volume_is_pooled_by_any_divisor_too(tmp_path):
     torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
 
 
+class LogSigmoid(nn.Module):
+    def forward(self, x):
+        return F.logsigmoid(x)
+
+
+def test_the_logarithm_of_a_sigmoid_is_finite_far_from_zero(tmp_path):
+    x = torch.linspace(-200, 200, 41).view(1, 41)
+    [found] = runtime_session(export_onnx(LogSigmoid(), x, tmp_path / "m.onnx", check=False))(x)
+    torch.testing.assert_close(found, F.logsigmoid(x), rtol=1e-5, atol=1e-7)
+
+
+class Cross(nn.Module):
+    def forward(self, x, y):
+        return torch.cross(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:Using torch.cross without specifying the dim")
+def test_a_cross_product_is_taken_along_the_first_dimension_of_size_three(tmp_path):
+    x, y = torch.randn(2, 2, 3, 4, 3)
+    [found] = runtime_session(export_onnx(Cross(), (x, y), tmp_path / "m.onnx", check=False))(x, y)
+    torch.testing.assert_close(found, torch.linalg.cross(x, y, dim=1), rtol=1e-5, atol=1e-6)
+
+
 def resized(mode):
     model = Between(lambda x: F.interpolate(x, scale_factor=0.6, mode=mode, antialias=True))
     return model.eval(), torch.randn(2, 3, 6, 6)

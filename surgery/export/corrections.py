@@ -91,6 +91,21 @@ def _pool(graph: fx.Graph, node: fx.Node) -> None:
         _divisor(graph, node)
 
 
+def _log_sigmoid(graph: fx.Graph, node: fx.Node) -> None:
+    with graph.inserting_before(node):
+        negative = _call(graph, node, aten.neg.default, node.args[0])
+        product = _call(graph, node, aten.neg.default, _call(graph, node, aten.softplus.default, negative))
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _cross(graph: fx.Graph, node: fx.Node) -> None:
+    """Along the first dimension of size 3, where none is given."""
+    first, other = node.args[:2]
+    if _arguments(node)["dim"] is None:
+        node.args, node.kwargs = (first, other, list(node.meta["val"].shape).index(3)), {}
+
+
 def _of_each(value: list[int], rank: int) -> list[int]:
     return list(value) * rank if len(value) == 1 else list(value)
 
@@ -116,7 +131,11 @@ _RANKS = ("1d", "2d", "3d")
 _POOLS = [
     f"{kind}_pool{rank}{end}" for kind, end in (("avg", ""), ("max", ""), ("max", "_with_indices")) for rank in _RANKS
 ]
-CORRECTED: dict[str, Callable[[fx.Graph, fx.Node], None]] = dict.fromkeys(_POOLS, _pool)
+CORRECTED: dict[str, Callable[[fx.Graph, fx.Node], None]] = {
+    **dict.fromkeys(_POOLS, _pool),
+    "log_sigmoid": _log_sigmoid,
+    "cross": _cross,
+}
 REFUSED: dict[str, Callable[[fx.Node], str]] = {"lstm": _projections}
 REMEDIES = {
     "lstm": "use an LSTM without proj_size",
