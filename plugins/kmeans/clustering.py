@@ -91,6 +91,8 @@ class Clustering:
     def _target(self, layer: Layer) -> Target | str:
         """The layer as a target, or why it stays."""
         weight = self.options.finite_weight(layer)
+        if not weight.numel():
+            return "it has no weights"
         low, high = weight.aminmax()
         if low == high:
             return f"all its weights are {float(low):.6g}"

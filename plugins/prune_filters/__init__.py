@@ -169,9 +169,15 @@ def _edits(widths: dict[str, int], lost: Counter[str]) -> list[Edit]:
 
 
 def _not_solved(model: CapturedModel) -> list[Skip]:
-    """Layers whose weights could not be solved anew without losing what they are computed by, such as their zeros."""
-    computed = [layer for layer in surgery.layers(model) if layer.computed]
-    return [Skip(x.name, f"not solved anew: its weight is computed from {', '.join(x.computed)}") for x in computed]
+    """Layers without weights, and those whose weights could not be solved anew without losing what they are computed
+    by, such as their zeros."""
+    found = []
+    for layer in surgery.layers(model):
+        if layer.computed:
+            found.append(Skip(layer.name, f"not solved anew: its weight is computed from {', '.join(layer.computed)}"))
+        elif layer.type.startswith(("Conv", "Linear")) and not layer.module.get_parameter("weight").numel():
+            found.append(Skip(layer.name, "not solved anew: it has no weights"))
+    return found
 
 
 def _skips(found: Channels) -> list[Skip]:

@@ -41,7 +41,7 @@ class Reader:
         what they do for those left stands in P: they need no rows."""
         rows = features.reshape(-1)
         units = torch.arange(len(features))
-        return cls(len(features), units, units < 0, weight.mT[rows], inverse[rows][:, rows], max(scale, 1e-100))
+        return cls(len(features), units, units < 0, weight.mT[rows], inverse[rows][:, rows], scale)
 
     def costs(self) -> Tensor:
         """(size,) rise of the error if each alone goes next; 0 of those that are gone."""

@@ -50,7 +50,7 @@ class Evidence:
 
     @cached_property
     def scale(self) -> float:
-        return max(self.task.spread, 1e-300)
+        return self.task.spread
 
 
 class Judge:

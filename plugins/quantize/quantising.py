@@ -149,6 +149,8 @@ class Quantisation:
         weight = surgery.weight_of(layer)
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}, integers are made of float32"
+        if not weight.numel():
+            return "it has no weights"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or infinity"
         return surgery.tied(self.model, layer, computed=True)

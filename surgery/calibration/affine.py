@@ -107,12 +107,13 @@ def _rectified(node: fx.Node) -> bool:
 
 
 def affine_maps(model: CapturedModel) -> list[Affine]:
-    """Every convolution and linear layer that is a module of its own, called once, in order of execution."""
+    """Every convolution and linear layer that is a module of its own, called once, in order of execution; those
+    without outputs or inputs left out."""
     every = layers(model)
     norms = {layer.nodes[0]: layer for layer in every if layer.type.startswith("BatchNorm") and _plain(model, layer)}
     found = []
     for layer in every:
-        if layer.type.startswith(("Conv", "Linear")) and not layer.functional and _plain(model, layer):
+        if layer.type.startswith(("Conv", "Linear")) and not layer.functional and _plain(model, layer) and _full(layer):
             users = list(layer.nodes[0].users)
             norm = norms.get(users[0]) if len(users) == 1 else None
             fits = norm is not None and _follows(layer, norm)
@@ -122,6 +123,12 @@ def affine_maps(model: CapturedModel) -> list[Affine]:
 
 def _plain(model: CapturedModel, layer: Layer) -> bool:
     return sharing(model, layer) is None
+
+
+def _full(layer: Layer) -> bool:
+    """Whether the layer has any outputs and inputs."""
+    weight: Any = layer.module.weight
+    return bool(weight.numel())
 
 
 def _follows(layer: Layer, norm: Layer) -> bool:

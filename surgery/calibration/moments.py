@@ -25,6 +25,8 @@ NOISE = 1e-6
 than rounding, and weights large enough to tell it apart would show the rounding in the output."""
 ROUNDING = 1e-6
 """What products of float32 are off by, in parts of their size: a rest below it is no knowledge."""
+TINY = torch.finfo(torch.float32).tiny
+"""Products of float32 that are smaller are zero, or hold few digits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Moments:
         return self.variance + self.mean.square()
 
     @property
+    def spread(self) -> float:
+        """Variance of all features together, at least what rounding makes of their size: > 0 where nothing varies."""
+        return max(float(self.variance.sum()), ROUNDING**2 * float(self.power.sum()), TINY)
+
+    @property
     def full_covariance(self) -> Tensor:
         """`covariance`, which must have been asked for."""
         assert self.covariance is not None, "ask for 'gram'"
@@ -64,7 +71,7 @@ class Moments:
         """
         if ridge is None:
             ridge = max(RIDGE, SCARCITY * self.mean.shape[1] / self.count)
-        return torch.maximum(ridge * self.variance.mean(1), NOISE * self.power.mean(1)).clamp_min(1e-100)
+        return torch.maximum(ridge * self.variance.mean(1), NOISE * self.power.mean(1)).clamp_min(TINY)
 
     def regression(self, weight: Tensor, bias: Tensor | None) -> Regression:
         """The task of computing W x + b of these rows x; W (groups, outputs, features), b (groups, outputs)."""
@@ -126,6 +133,7 @@ class Regression:
     def error(self, weight: Tensor, bias: Tensor | None, image: Tensor | None = None) -> float:
         """√(E‖y - W x - b‖² / E‖y - E y‖²): 0 = no error, 1 = no better than predicting the mean target.
 
+        In parts of what rounding makes of y where y varies by less than that, as behind layers that have died.
         `image`: `weight` · xx, where it is known.
         """
         w = weight.detach().double().cpu()
@@ -133,9 +141,7 @@ class Regression:
         total = float(self.y_variance.sum())
         rest = total - 2 * float((w * self.yx).sum()) + float(((w @ self.xx if image is None else image) * w).sum())
         error = max(0.0, rest) + float(offset.square().sum())
-        if total > 0:
-            return math.sqrt(error / total)
-        return math.inf if error > 0 else 0.0
+        return math.sqrt(error / Moments(self.count, self.y_mean, self.y_variance).spread)
 
 
 def _times(weight: Tensor, vector: Tensor) -> Tensor:

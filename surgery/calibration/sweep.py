@@ -109,11 +109,11 @@ class Task:
 
     @property
     def spread(self) -> float:
-        """Variance of the aim's target, summed over its channels; a shortcut that is taken off counts here."""
+        """Variance of the aim's target, summed over its channels, > 0; a shortcut that is taken off counts here."""
         scatter = Scatter(False)
         for _, target, offset in self._rows():
             scatter.add(target if offset is None else target + offset)
-        return float(scatter.finish().variance.sum())
+        return scatter.finish().spread
 
     def targets(self) -> Moments:
         """Mean and variance of what the layer should give."""
