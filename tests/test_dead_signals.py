@@ -16,7 +16,7 @@ from surgery.calibration import Moments
 PASSES = {
     "prune_filters": {"ratio": 0.3},
     "tucker": {"macs": 0.5},
-    "svd": {"macs": 0.5},
+    "svd": {},
     "depthwise_separable": {},
     "prune_weights": {},
     "hashed": {},

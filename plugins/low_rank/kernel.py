@@ -109,12 +109,12 @@ class Kernel:
 
 def root(covariance: Tensor) -> Tensor:
     """Lower triangular R with R Rᵀ = covariance, damped as far as it takes to be positive definite."""
-    size = float(covariance.diagonal().mean())
+    size = max(float(covariance.diagonal().mean()), 1e-38)  # rounding may leave a dead layer less than nothing
     damping = DAMPING
     found: Tensor
     while True:
         damped = covariance.clone()
-        damped.diagonal().add_(max(size * damping, 1e-100))
+        damped.diagonal().add_(size * damping)
         found, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return found

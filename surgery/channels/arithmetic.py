@@ -12,7 +12,7 @@ from torch import fx
 
 from ..torch_private import tree_map_only
 from .call import Call
-from .movement import operator_name
+from .movement import SHARED, operator_name
 from .values import Axis, Value, values_in
 
 Operand = tuple[Value, str]
@@ -154,6 +154,15 @@ def matmul(call: Call) -> Any:
     return contraction(call, operands, out)
 
 
+def baddbmm(call: Call) -> Any:
+    """baddbmm(bias, a, b) = bias + a · b, unscaled, in batches."""
+    if (call["beta"] or 1) != 1 or (call["alpha"] or 1) != 1:
+        return unknown(call)
+    product = contraction(call, [(call["batch1"], "bnk"), (call["batch2"], "bkm")], "bnm")
+    call.arguments = {"self": call["self"], "other": product}
+    return elementwise(call)
+
+
 def addmm(call: Call) -> Any:
     """addmm(bias, x, weight) = bias + x · weight, unscaled."""
     bias, x, weight = call["self"], call["mat1"], call["mat2"]
@@ -195,10 +204,9 @@ def attention(call: Call) -> Any:
     """scaled_dot_product_attention(q, k, v, mask): softmax(q kᵀ · scale + mask) v."""
     q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
     batch = ascii_letters[26 : 26 + q.ndim - 2]
-    if {q.shape[:-2], k.shape[:-2], v.shape[:-2]} != {q.shape[:-2]}:
-        for value in (q, k, v):
-            call.freeze_all(value.axes[:-2], "attention with heads that are shared or broadcast")
-        q, k, v = (Value(t.shape, (*[None] * (t.ndim - 2), *t.axes[-2:]), t.dtype) for t in (q, k, v))
+    k, v = (_serving(call, t, q) for t in (k, v))
+    if call.heads and call.heads.whole and any(t.shape[-3] > 1 and t.axes[-3] is None for t in (k, v)):
+        call.freeze_all((q.axes[-3], k.axes[-1], v.axes[-1]), SHARED)
     scores = contraction(call, [(q, batch + "ld"), (k, batch + "sd")], batch + "ls")
     call.freeze(scores.axes[-1], "softmax over it")
     axes = list(scores.axes[:-1])
@@ -208,6 +216,23 @@ def attention(call: Call) -> Any:
                 call.unite(scores.axes[back] if back != -1 else None, mask.axes[back])
     weights = Value(scores.shape, (*(a and Axis(a.ids, False) for a in axes), None), scores.dtype)
     return contraction(call, [(weights, batch + "ls"), (v, batch + "se")], batch + "le")
+
+
+def _serving(call: Call, value: Value, query: Value) -> Value:
+    """Keys or values as every query head sees them: each head serves a group of queries (enable_gqa), or the only one
+    serves all, by broadcasting."""
+    if value.shape[:-2] == query.shape[:-2]:
+        return value
+    place, heads = value.ndim - 3, value.shape[-3]
+    if call["enable_gqa"] and heads > 1 and query.shape[-3] % heads == 0:
+        times = query.shape[-3] // heads
+        axis = value.axes[place]
+        axes = list(value.axes)
+        axes[place] = axis and Axis(axis.ids.repeat_interleave(times), axis.zero)
+        return Value((*value.shape[:place], heads * times, *value.shape[-2:]), tuple(axes), value.dtype)
+    if call.heads and call.heads.whole:
+        call.freeze(value.axes[-1], SHARED)
+    return value
 
 
 def unknown(call: Call, why: str = "") -> Any:

@@ -33,9 +33,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of an attention product: how many, and whether they go as a whole or lose features, each the same."""
+    """Dimensions of a value that become the heads of an attention product, and whether these go as a whole or lose
+    features, each the same."""
 
-    count: int
+    dims: frozenset[int]
     whole: bool
 
 
@@ -62,7 +63,7 @@ class Call:
     layer: str
     facts: Facts
     heads: Heads | None = None
-    """Those of the attention that it feeds, where it feeds one."""
+    """Those of the attention that it is or feeds, if any."""
     computed: frozenset[str] = frozenset()
     """Arguments in which a number stands that the graph computes, such as the batch's size: `arguments` has the number
     at the example, which is another one at another size."""

@@ -77,8 +77,8 @@ def _kept(core: Tensor, varying: list[int], heads: Heads | None) -> int:
     if len(varying) == 1 or (heads and not heads.whole):
         return varying[-1]
     counts = {d: len(_fiber(core, d).unique()) for d in varying}
-    counting = [d for d in varying[:-1] if heads and counts[d] == heads.count]
-    return counting[-1] if counting else max(varying, key=lambda d: (counts[d], d))
+    own = [d for d in varying if heads and d in heads.dims]
+    return max(own or varying, key=lambda d: (counts[d], d))
 
 
 def _fiber(core: Tensor, dim: int) -> Tensor:
@@ -90,13 +90,28 @@ def _fiber(core: Tensor, dim: int) -> Tensor:
 
 def reshaped(call: Call) -> Any:
     """view(x, size): sizes that depend on the batch can be left to -1 once, where their dimension may shrink."""
-    value = moved(call)
+    value = _with_heads(call, moved(call))
     sizes = next(a for a in call.node.args[1:] if isinstance(a, list | tuple))
     unknown = [d for d, size in enumerate(sizes) if isinstance(size, fx.Node) and value.axes[d]]
     if len(unknown) + list(sizes).count(-1) > 1:
         call.freeze_all((value.axes[d] for d in unknown), "its size is computed together with the batch's")
         return Value(value.shape, tuple(None if d in unknown else a for d, a in enumerate(value.axes)), value.dtype)
     return value
+
+
+def _with_heads(call: Call, value: Value) -> Value:
+    """Where one head, of a mask or of keys and values, is expanded to as many as the queries have and heads go as a
+    whole: each of the copies may go."""
+    dims = call.heads.dims if call.heads and call.heads.whole and operator_name(call) == "aten::expand" else ()
+    wide = [d for d in dims if value.shape[d] > 1 and (call.input.shape[d - value.ndim :] or (1,))[0] == 1]
+    if not wide or any(value.axes[d] for d in dims):
+        return value
+    call.freeze_all(value.axes, SHARED)
+    axes = [Axis(call.facts.positions.fresh(n), False) if d == wide[-1] else None for d, n in enumerate(value.shape)]
+    return Value(value.shape, tuple(axes), value.dtype)
+
+
+SHARED = "grouped queries: one head of keys and values serves all of them, and heads go as a whole"
 
 
 def sliced(call: Call) -> Any:

@@ -97,6 +97,7 @@ _READ: dict[Any, Rule] = {
         ),
         (arithmetic.matmul, "matmul bmm mm mv dot"),
         (arithmetic.addmm, "addmm"),
+        (arithmetic.baddbmm, "baddbmm"),
         (arithmetic.einsum, "einsum"),
         (arithmetic.attention, "scaled_dot_product_attention"),
     )

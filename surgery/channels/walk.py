@@ -19,6 +19,7 @@ from ..tracing import first_line
 from ..vocabulary import arguments
 from .arithmetic import unknown
 from .call import Call, Facts, Heads, parameter_value
+from .heads import heads_by_node
 from .positions import Positions
 from .rules import ChannelRule, read
 from .shuffling import Shuffle, find_shuffle
@@ -37,7 +38,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.shuffles: list[Shuffle] = []
         self._within: dict[fx.Node, Shuffle] = {}
-        self._heads = {node: Heads(count, heads) for node, count in heads_by_node(model.graph).items()}
+        self._heads = {n: Heads(dims, heads) for n, dims in heads_by_node(model.graph, joined=heads).items()}
         self._layers = {node: layer.name for layer in layers(model) for node in layer.nodes if layer.functional}
 
     def run(self) -> Walk:
@@ -142,27 +143,3 @@ def _number(call: Call) -> Any:
         return target(*call.arguments.values())
     except Exception:
         return NotImplemented
-
-
-def heads_by_node(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Nodes whose result goes into an attention product, with the number of its heads: the dimension before the last
-    two of queries, keys and values."""
-    aten = torch.ops.aten
-    found: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.target in (aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default):
-            for operand in node.all_input_nodes:
-                meta = operand.meta.get("tensor_meta")
-                if isinstance(meta, TensorMetadata) and len(meta.shape) > 3:
-                    _mark(operand, meta.shape[-3], found)
-    return found
-
-
-def _mark(node: fx.Node, heads: int, found: dict[fx.Node, int]) -> None:
-    todo = [node]
-    while todo:
-        node = todo.pop()
-        if node in found or node.op != "call_function":
-            continue
-        found[node] = heads
-        todo += node.all_input_nodes
