@@ -67,6 +67,29 @@ def test_without_heads_every_query_head_and_its_keys_lose_the_same_features(how,
     assert_removed_is_masked(channels)
 
 
+def turned(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_norms_and_rotations_between_keys_and_queries_are_passed(heads):
+    def run(m, x):
+        n, length, _ = x.shape
+        q, k, v = (f(x).view(n, length, -1, 4).transpose(1, 2) for f in (m.q, m.k, m.v))
+        q, k = (turned(norm(t), m.cos, m.sin) for norm, t in ((m.qn, q), (m.kn, k)))
+        k, v = (repeated("expand", t, 4) for t in (k, v))
+        y = (q @ k.mT * 0.5 + torch.full((length, length), -9.0).triu(1)).softmax(-1) @ v
+        return m.o(y.transpose(1, 2).reshape(n, length, -1))
+
+    parts = {name: nn.Linear(16, width) for name, width in (("q", 32), ("k", 8), ("v", 8))}
+    parts |= {name: nn.Parameter(torch.randn(6, 4)) for name in ("cos", "sin")}
+    net = Do(run, **parts, qn=nn.RMSNorm(4), kn=nn.RMSNorm(4), o=nn.Linear(32, 3))
+    channels = found(net, torch.randn(2, 6, 16), heads=heads)
+    assert sizes(channels) == ({"q": 2} if heads else {"q": 2, "v": 4})
+    assert_removed_is_masked(channels)
+
+
 def masked(kind):
     def run(m, x):
         n, length, _ = x.shape

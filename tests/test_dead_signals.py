@@ -86,8 +86,8 @@ def test_a_layer_without_outputs_is_left_with_a_reason_and_the_others_are_treate
 
 
 def test_an_error_is_told_in_parts_of_rounding_where_the_target_does_not_vary():
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    moments = Moments(10, one, one, one.double().view(1, 1, 1))
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    moments = Moments(10, one, one, one.view(1, 1, 1))
     task = moments.regression(zero.view(1, 1, 1), one)  # y = 1, whatever x is
     assert task.error(zero.view(1, 1, 1), one) == 0
     assert task.error(zero.view(1, 1, 1), one + 1e-6) == pytest.approx(1, rel=0.1)

@@ -37,11 +37,20 @@ def heads_by_node(graph: fx.Graph, *, joined: bool) -> dict[fx.Node, frozenset[i
             for value in (node, *node.all_input_nodes):
                 if _has_shape(value) and len(shape(value)) > (2 if joined else 3):
                     found[value] = found.get(value, frozenset()) | {len(shape(value)) - 3}
-        elif node in found and node.op == "call_function" and _packet(node) not in _MIXING:
+        elif node in found and not _mixes(node):
             for source in node.all_input_nodes:
                 if dims := _traced(node, found[node], source):
                     found[source] = found.get(source, frozenset()) | dims
     return found
+
+
+def _mixes(node: fx.Node) -> bool:
+    """Whether it is a layer whose outputs are not its inputs, or no operator at all."""
+    if node.op == "call_module":
+        assert node.graph.owning_module is not None
+        module = node.graph.owning_module.get_submodule(str(node.target))
+        return any(p.ndim > 1 for p in module.parameters())
+    return node.op != "call_function" or _packet(node) in _MIXING
 
 
 def _traced(node: fx.Node, dims: frozenset[int], source: fx.Node) -> frozenset[int]:
@@ -52,10 +61,12 @@ def _traced(node: fx.Node, dims: frozenset[int], source: fx.Node) -> frozenset[i
         return frozenset()
     if _packet(node) in _VIEWS:
         return _viewed(shape(source), shape(node), dims)
-    try:
-        return frozenset(d for d in range(len(shape(source))) if _varying(_moved(node, source, d)) & dims)
-    except Exception:  # no operator that moves one tensor, or one with sizes that the graph computes
-        return _aligned(shape(source), shape(node), dims) if _has_shape(node) else frozenset()
+    if node.op == "call_function":
+        try:
+            return frozenset(d for d in range(len(shape(source))) if _varying(_moved(node, source, d)) & dims)
+        except Exception:  # no operator that moves one tensor, or one with sizes that the graph computes
+            pass
+    return _aligned(shape(source), shape(node), dims) if _has_shape(node) else frozenset()
 
 
 def _viewed(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
