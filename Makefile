@@ -4,7 +4,7 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench gpu gpu-bundle versions grouped-bench widths deep-compression kills composition operators clean
+.PHONY: install demo bench test contract check lint types zoo prune-zoo prune-speed prune-accuracy low-rank quantize prune-weights finetuning pack-bench hashed-bench kmeans-bench gpu gpu-bundle versions grouped-bench widths deep-compression scale kills composition operators clean
 
 install: $(STAMP)
 
@@ -93,6 +93,10 @@ grouped-bench: install
 # how many channels the runtime is fast with
 widths: install
 	$(BIN)/python tests/benchmarks/widths.py $(WIDTHS)
+
+# memory and time of large and deep models: docs/scale.md; SCALE="--models chain vit_h", SCALE=--quick
+scale: install
+	$(BIN)/python tests/benchmarks/scale.py $(SCALE)
 
 # one recipe killed at random moments and resumed
 kills: install

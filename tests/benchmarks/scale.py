@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -35,7 +36,6 @@ PASSES: dict[str, dict[str, Any]] = {
     "kmeans": {"bits": 4},
     "quantize": {},
 }
-FREE = {"prune_filters": {"criterion": "l1", "reconstruct": False}}
 
 
 class Block(nn.Module):
@@ -96,6 +96,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "chain": lambda: (chain(4096, 24), torch.randn(2, 4096)),
     "vit_h": lambda: (Vit(), torch.randn(2, 3, 224, 224)),
 }
+DEEP = [f"{kind}_{count}" for kind in ("mlp", "conv") for count in (50, 100, 200, 400)]
 for count in (50, 100, 200, 400):
     MODELS[f"mlp_{count}"] = lambda count=count: (chain(64, count), torch.randn(2, 64))  # type: ignore[misc]
     MODELS[f"conv_{count}"] = lambda count=count: (convnet(16, count), torch.randn(2, 3, 8, 8))  # type: ignore[misc]
@@ -154,7 +155,7 @@ def watched(seconds: float = 0.01) -> Iterator[Peak]:
         thread.join()
 
 
-def row(name: str, step: str, rounds: int) -> dict[str, Any]:
+def row(name: str, step: str, rounds: int, count: int) -> dict[str, Any]:
     """One run, in this process."""
     import surgery
 
@@ -169,7 +170,7 @@ def row(name: str, step: str, rounds: int) -> dict[str, Any]:
         start = time.perf_counter()
         operation = surgery.operate(model, example, recipe, data=[example] * 2, latency_rounds=rounds)
         seconds = time.perf_counter() - start
-    top = sorted(peak.phases.items(), key=lambda item: -item[1])[: int(os.environ.get("TOP", 0))]
+    top = sorted(peak.phases.items(), key=lambda item: -item[1])[:count]
     edits = sum(len(report.edits) for report in operation.reports)
     return {
         "model": name,
@@ -184,31 +185,56 @@ def row(name: str, step: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def depth(name: str, step: str) -> dict[str, Any]:
+    """Seconds of processor that the pass alone takes, in this process."""
+    import surgery
+
+    torch.manual_seed(0)
+    registry = surgery.Registry.load()
+    for warm in (True, False):
+        model, example = MODELS["tiny_chain" if warm else name]()
+        captured = surgery.capture(model.eval(), example)
+        start = time.process_time()
+        registry.find_pass(step)(**PASSES[step])(captured, surgery.Context(captured, surgery.Data.of([example] * 2)))
+    return {"model": name, "pass": step, "cpu_seconds": round(time.process_time() - start, 2)}
+
+
+def kept(found: dict[str, Any]) -> None:
+    """Add the row to the page, with the machine and the command."""
+    here = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    command = f'make scale SCALE="--models {found["model"]} --passes {found["pass"]}"'
+    cells = [
+        found.get(key, "") for key in ("model", "pass", "bytes", "peak", "with_children", "seconds", "cpu_seconds")
+    ]
+    with PAGE.open("a") as page:
+        page.write(f"| {' | '.join(map(str, cells))} | {here} | `{command}` |\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["quick_chain", "quick_vit"], choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=["quick_chain", "quick_vit", *DEEP], choices=MODELS)
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
-    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0, help="of timing in ONNX Runtime")
+    parser.add_argument("--quick", action="store_true", help="one small row, which goes on no page")
+    parser.add_argument("--top", type=int, default=0, help="of the places with the most memory")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.row:
-        print(json.dumps(row(options.models[0], options.passes[0], options.rounds)))
+    if options.row or options.quick:
+        name, step = options.models[0], options.passes[0]
+        if options.quick:
+            from surgery.export import runtime
+
+            name, step, runtime.LARGE_FILE = "small_chain", "fold_batchnorm", 2**20  # sessions apart, as of large files
+        print(json.dumps(depth(name, step) if name in DEEP else row(name, step, options.rounds, options.top)))
         return
     for name in options.models:
         for step in options.passes:
-            command = [
-                sys.executable,
-                __file__,
-                "--row",
-                "--models",
-                name,
-                "--passes",
-                step,
-                "--rounds",
-                str(options.rounds),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(done.stdout.strip() or done.stderr[-600:], flush=True)
+            command = [sys.executable, __file__, "--row", "--models", name, "--passes", step]
+            command += ["--rounds", str(options.rounds), "--top", str(options.top)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode == 0:
+                print(done.stdout.strip(), flush=True)
+                kept(json.loads(done.stdout))
 
 
 if __name__ == "__main__":
