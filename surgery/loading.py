@@ -22,9 +22,9 @@ from .packing.container import is_pack
 from .paths import path_from
 from .process import memory_told
 from .state.allowed import Known
+from .state.build import build_model
 from .state.files import read_tensors
 from .state.form import Document, read_document, with_source
-from .state.read import build_model
 
 _SHOWN = 5
 

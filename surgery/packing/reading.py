@@ -19,8 +19,8 @@ from ..errors import ExportError, ModelError
 from ..paths import path_from
 from ..registry import Registry
 from ..state.allowed import Known
+from ..state.build import build_model
 from ..state.form import Document
-from ..state.read import build_model
 from .codec import BLOCK
 from .container import AGAIN, read_frame
 from .elements import UNSIGNED, pieces
