@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if "big" not in config.getoption("markexpr"):
+        for item in items:
+            if "big" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs gigabytes of memory: -m big"))
 
 
 @pytest.fixture

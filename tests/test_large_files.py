@@ -92,3 +92,17 @@ def test_tensors_that_share_memory_or_have_gaps_are_written_as_they_are_and_lie_
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     assert len({t.untyped_storage().data_ptr() for t in read.values()}) == len(tensors)
+
+
+@pytest.mark.big
+def test_weights_beyond_two_gigabytes_lie_in_a_file_beside_and_compute_the_same(tmp_path: Path) -> None:
+    """Written, checked by onnx and compared in ONNX Runtime before both files appear."""
+    model = nn.Sequential(nn.Linear(23_500, 23_500), nn.ReLU(), nn.Linear(23_500, 3))
+    x = torch.randn(2, 23_500)
+    path = export_onnx(model, x, tmp_path / "model.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert path.stat().st_size < 10_000
+    assert path.with_name("model.onnx.data").stat().st_size > 2**31
+    [found] = runtime_session(path)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
