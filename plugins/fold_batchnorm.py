@@ -48,7 +48,7 @@ class FoldBatchnorm(Pass):
                     continue
                 gains = ", which gains a bias" if before.module.bias is None else ""
                 _fold(model, before, norm, node)
-                edits.append(Edit(norm.name, f"folded into {before.name}{gains}"))
+                edits.append(Edit(norm.name, f"folded into {before.name}{gains}", also=(before.name,)))
                 if before.functional:  # it is another node now
                     producers = _producers(surgery.layers(model))
         return PassReport(tuple(edits), tuple(skips))
@@ -106,6 +106,7 @@ def _fold(model: CapturedModel, before: Layer, norm: Layer, node: fx.Node) -> No
     if function is not None:
         layer = next(layer for layer in surgery.layers(model) if node.args[0] in layer.nodes)
         surgery.replace_weight(model, layer, function, {"weight": layer.module.weight})  # type: ignore[dict-item]
+    surgery.note_reach(model, norm.name, before.name)
     surgery.bypass(model, node)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .calibration import weight_matrix as weight_matrix
     from .captured import CapturedModel as CapturedModel
     from .captured import capture as capture
+    from .changes import note_reach as note_reach
     from .channels import Axis as Axis
     from .channels import Call as Call
     from .channels import Carrier as Carrier
@@ -116,6 +117,7 @@ _HOME = {
         "weight_matrix",
     ),
     "captured": ("CapturedModel", "capture"),
+    "changes": ("note_reach",),
     "channels": (
         "Axis",
         "Call",

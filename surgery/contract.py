@@ -11,11 +11,12 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .captured import CapturedModel, relative_error
+from .changes import REACHED, Changes, form, reaches_noted, same, skeleton, with_reached
 from .errors import PassError, PluginError, SurgeryError
-from .graph import Layer, layers, leaf_inputs, propagate, remove_unused
+from .graph import layers, leaf_inputs, propagate, remove_unused
 from .inputs import Inputs
 from .names import bytes_of, tensors
 from .passes import Edit, PassReport, Skip
@@ -38,6 +39,7 @@ def snapshot(model: CapturedModel) -> CapturedModel:
     info = model.meta["capture"]
     memo: dict[int, Any] = {id(t): t for t in tensors(model).values()}
     memo |= {id(t): t for t in info.inputs.tensors}
+    memo |= {id(noted): noted for noted in [model.meta.get(REACHED)] if noted is not None}
     for node in model.graph.nodes:
         memo[id(node.meta)] = dict(node.meta)
     copied = copy.deepcopy(model, memo)
@@ -50,7 +52,9 @@ def applied(step: Pass, model: CapturedModel, context: Context) -> PassReport:
     numbers, as a DataLoader does for every loop."""
     state = ProcessState()
     try:
-        report = check_report(step, step.apply(model, context))
+        with reaches_noted(model) as noted:
+            report = check_report(step, step.apply(model, context))
+        report = replace(report, edits=with_reached(report.edits, noted))
     finally:
         changed = state.restore()
     loads = [role for role in ROLES if not isinstance(getattr(context.data, role), list | tuple | None)]
@@ -83,27 +87,34 @@ def check_report(step: Pass, report: Any) -> PassReport:
     return report
 
 
-def with_silent(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> PassReport:
+def with_silent(step: Pass, before: CapturedModel, changes: Changes, report: PassReport) -> PassReport:
     """The report with a skip for every layer that `select` names and that was left as it was without a word."""
     if not step.select:
         return report
-    told = {edit.layer for edit in report.edits} | {skip.layer for skip in report.skips}
-    now = {layer.name: layer for layer in layers(after)}
-    left = [x for x in step.selected(layers(before)) if x.name not in told and _is_left(x, now.get(x.name))]
+    told = {edit.layer for edit in report.edits} | {skip.layer for skip in report.skips} | {*changes.layers}
+    left = [layer for layer in step.selected(layers(before)) if layer.name not in told]
     why = f"{step.name()} finds nothing to change in it"
     return replace(report, skips=(*report.skips, *(Skip(x.name, f"{why} ({x.type})") for x in left)))
 
 
-def _is_left(layer: Layer, now: Layer | None) -> bool:
-    """Whether the layer has the same values as before."""
-    if now is None or layer.computed or now.computed:
-        return now is not None and layer.computed == now.computed
-    old, new = _own(layer), _own(now)
-    return len(old) == len(new) and all(a is b or _same(a, b) for a, b in zip(old, new, strict=True))
+def checked_names(step: Pass, changes: Changes, report: PassReport) -> PassReport:
+    """The report, if its edits name what the pass has changed, all of it and nothing else. Of the layers that an edit
+    reaches those that were changed are left."""
+    place = f"pass {step.name()}"
+    if wrong := changes.untouched(edit.layer for edit in report.edits):
+        problem = f"an edit names {_listed(wrong)}, where the pass changed nothing"
+        raise PluginError(problem, at=place, fix=f"report edits of layers by their names before the pass; {AUTHOR}")
+    if missing := changes.unnamed(report.edits):
+        problem = f"the pass changed {_listed(missing)}, which no edit names"
+        raise PluginError(problem, at=place, fix=f"name it in an edit, or in `Edit.also` of one; {AUTHOR}")
+    gone = {*changes.untouched(name for edit in report.edits for name in edit.also)}
+    edits = (replace(edit, also=tuple(name for name in edit.also if name not in gone)) for edit in report.edits)
+    return replace(report, edits=tuple(edits))
 
 
-def _own(layer: Layer) -> list[Tensor]:
-    return [*layer.module.parameters(), *layer.module.buffers()]
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(dict.fromkeys(names[:most])) + more
 
 
 class Watch:
@@ -143,8 +154,8 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return 0 if tensor.is_inference() else version_of(tensor), zlib.crc32(bytes_of(tensor))
 
 
-def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> None:
-    """Lint, compile and run the edited model, and hold it against the report."""
+def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report: PassReport) -> PassReport:
+    """Lint, compile and run the edited model, and hold it against the report, which comes back complete."""
     place = f"pass {step.name()}"
     try:
         remove_unused(after)
@@ -159,6 +170,8 @@ def check_result(step: Pass, before: CapturedModel, after: CapturedModel, report
         raise PluginError(f"the pass reports {len(report.edits)} edits but changed nothing", at=place, fix=AUTHOR)
     if changed:
         _check_outputs(step, before, after, place)
+    changes = Changes(before, after)
+    return with_silent(step, before, changes, checked_names(step, changes, report))
 
 
 def _check_outputs(step: Pass, before: CapturedModel, after: CapturedModel, place: str) -> None:
@@ -232,20 +245,14 @@ def _changed(before: CapturedModel, after: CapturedModel) -> str | None:
     if old.keys() != new.keys():
         return f"the parameters ({sorted(old.keys() ^ new.keys())[0]})"
     for name in old:
-        if old[name] is not new[name] and not _same(old[name], new[name]):
+        if not same(old[name], new[name]):
             return name
     modules = dict(after.named_modules())
-    layers = [(name, module) for name, module in before.named_modules() if name]  # a GraphModule has a class of its own
-    return next((name for name, module in layers if _options(module) != _options(modules[name])), None)
-
-
-def _options(module: nn.Module) -> tuple[type[nn.Module], str]:
-    return type(module), module.extra_repr()
-
-
-def _same(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and old.dtype == new.dtype and bool(torch.equal(old, new))
+    options = [
+        (name, module) for name, module in before.named_modules() if name
+    ]  # a GraphModule has a class of its own
+    return next((name for name, module in options if form(module) != form(modules[name])), None)
 
 
 def _skeleton(model: CapturedModel) -> list[tuple[str, str, str, str]]:
-    return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in model.graph.nodes]
+    return [skeleton(node) for node in model.graph.nodes]

@@ -46,6 +46,8 @@ class Edit:
     layer: str
     what: str
     numbers: Mapping[str, float] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    """Other layers that the change reaches, such as those that read fewer channels then."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,7 @@ class Pass(Named, ABC):
             watch = contract.Watch(model, context)
             report = contract.applied(self, edited, context)
             watch.check(self)
-            contract.check_result(self, model, edited, report)
-            report = contract.with_silent(self, model, edited, report)
+            report = contract.check_result(self, model, edited, report)
         except SurgeryError:
             raise
         except (Exception, SystemExit) as error:

@@ -79,7 +79,7 @@ class StepResult:
         return cls(
             name=raw["name"],
             report=PassReport(
-                tuple(Edit(**edit) for edit in raw["edits"]),
+                tuple(Edit(**{**edit, "also": tuple(edit["also"])}) for edit in raw["edits"]),
                 tuple(Skip(**skip) for skip in raw["skips"]),
                 tuple(raw["notes"]),
             ),

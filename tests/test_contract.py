@@ -24,6 +24,7 @@ from surgery import (
     Registry,
     Skip,
 )
+from surgery.changes import note_reach
 from surgery.contract import snapshot
 from surgery.graph import layers, shape
 from surgery.names import tensors
@@ -167,6 +168,30 @@ def test_a_change_that_is_not_reported_is_seen(model, change, what):
         return
     with pytest.raises(PluginError, match=f"reports no edit but changed {what}"):
         apply(doing(silent), model)
+
+
+def test_what_a_change_reaches_is_named_where_it_has_changed(model):
+    def fold(model, context):
+        scaled(model)
+        model.get_submodule("0.1").weight = nn.Parameter(torch.full((8,), 2.0))
+        note_reach(model, "0.0", "0.1")
+        note_reach(model, "0.0", "5")
+        return PassReport((Edit("0.0", "scaled"),))
+
+    _, report = apply(doing(fold), model)
+    assert report.edits == (Edit("0.0", "scaled", also=("0.1",)),)
+
+
+def test_channels_that_go_are_told_of_every_layer_that_loses_them(model):
+    def shrink(model, context):
+        found = context.channels(model)
+        marks = [torch.arange(group.size) < (number == 0) for number, group in enumerate(found.groups)]
+        found.remove(marks)
+        return PassReport((Edit(found.groups[0].name, "one unit less"),))
+
+    _, report = apply(doing(shrink), model)
+    [edit] = report.edits
+    assert {"0.1"} < {*edit.also}
 
 
 def test_an_option_changed_and_reported_is_an_edit(model):

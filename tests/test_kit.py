@@ -93,6 +93,22 @@ def bad(rule, why):
 BAD: dict[str, tuple[type[Pass], str, str]] = {}
 
 
+@bad("keeps_the_contract", "an edit names relu, where the pass changed nothing")
+class NamesAnotherLayer(Bad):
+    """Names what it left alone."""
+
+    report = PassReport((Edit("0", "doubled"), Edit("relu", "doubled")))
+
+
+@bad("keeps_the_contract", "the pass changed 2, which no edit names")
+class NamesOneOfTwo(Bad):
+    """Changes two layers, and tells of one."""
+
+    def edit(self, model, context, layer):
+        for one in layers(model)[:2]:
+            replace_weight(one, one.module.weight * 2)
+
+
 @bad("keeps_the_contract", "reports 1 edits but changed nothing")
 class LiesAboutEdits(Bad):
     """Says it edited."""
@@ -160,7 +176,7 @@ class GivesABlankReason(Bad):
     report = PassReport((Edit("0", "doubled"),), (Skip("2", "  "),))
 
 
-@bad("layers_are_named", "there is no 'nowhere'")
+@bad("keeps_the_contract", "an edit names nowhere, where the pass changed nothing")
 class NamesNoLayer(Bad):
     """Edits a place that is not there."""
 

@@ -94,6 +94,7 @@ def equalise(model: CapturedModel, wanted: Iterable[Pair]) -> list[Edit]:
             pair.first.name,
             f"channels scaled to meet {pair.second.name}",
             {"range_ratio_before": old, "range_ratio": _spread(_ranges_out(weights[pair.first.name]))},
+            also=(pair.second.name,),
         )
         for pair, old in zip(wanted, before, strict=True)
     ]

@@ -43,6 +43,7 @@ class Quantisation:
         self.step, self.model, self.context = step, model, context
         self.target = context.target(step.runtime)
         self.skips: list[Skip] = []
+        self.first: list[Edit] = []
         self.alone: Mapping[str, float] = {}
         """SQNR of the outputs in dB with a layer rounded alone, where it was measured."""
         self.measured: tuple[str, ...] = ()
@@ -62,12 +63,17 @@ class Quantisation:
         notes = self._fold(layers)
         rewrite(self.model, names)
         if self.step.equalise:
-            equalise(self.model, pairs(self.model, _named(self.model, names)))
+            self.first += equalise(self.model, pairs(self.model, _named(self.model, names)))
         reference = surgery.snapshot(self.model)
         if self.step.sqnr_db is not None:
             names -= self._kept_float(names, reference, lookups, self.step.sqnr_db)
         edits, left = self._quantise(self.model, names, reference, lookups, train=self.step.training is not None)
-        return PassReport(edits, tuple(self.skips), (*notes, *left, *self.measured))
+        return PassReport((*edits, *self._only_prepared(edits)), tuple(self.skips), (*notes, *left, *self.measured))
+
+    def _only_prepared(self, edits: Sequence[Edit]) -> list[Edit]:
+        """What was done first to layers that stay float after all."""
+        untold = {layer.name for layer in surgery.layers(self.model)} - {edit.layer for edit in edits}
+        return [edit for edit in self.first if untold.intersection((edit.layer, *edit.also))]
 
     def _quantise(
         self,
@@ -173,6 +179,7 @@ class Quantisation:
                 if lookup := Lookup.of(self.model, layer):
                     found[layer.name] = lookup
                 surgery.make_dense(self.model, layer)
+                self.first.append(Edit(layer.name, "its weight is no longer computed"))
         return found
 
     def _fold(self, layers: list[Layer]) -> tuple[str, ...]:
@@ -181,6 +188,7 @@ class Quantisation:
         excluded = tuple(name for name in norms if name in left) if not self.step.select else ()
         report = self.context.find_pass("fold_batchnorm")(exclude=excluded).apply(self.model, self.context)
         self.skips += [Skip(skip.layer, f"stays float, as it cannot be folded: {skip.why}") for skip in report.skips]
+        self.first += report.edits
         return (f"{len(report.edits)} BatchNorm folded first",) if report.edits else ()
 
     def _observe(self, placement: Placement) -> dict[fx.Node, Scheme]:

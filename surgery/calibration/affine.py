@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..captured import CapturedModel
+from ..changes import note_reach
 from ..graph import Layer, layers, shape, sharing
 from .aims import Aim
 from .moments import Regression
@@ -88,6 +89,9 @@ class Affine:
             return
         if module.bias is not None:
             module.bias = _like(module.bias, torch.zeros_like(flat))
+        model = self.end.graph.owning_module
+        assert model is not None
+        note_reach(model, self.layer.name, self.norm.name)
         norm: Any = self.norm.module
         mean = (matrix @ regression.x_mean.unsqueeze(2)).reshape(-1)
         variance = ((matrix @ regression.xx) * matrix).sum(2).reshape(-1).clamp_min(0)

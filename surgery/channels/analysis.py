@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..captured import CapturedModel
-from ..names import get_attribute
+from ..changes import note_reach
+from ..graph import layers
+from ..names import get_attribute, tensors
 from .call import Side
 from .carriers import Carrier, carriers
 from .groups import Frozen, Group, Member, Units
@@ -137,7 +139,20 @@ class Channels:
 
         What is known about channels is about the model before; ask `find_channels` again.
         """
+        self._note([group for group, marks in zip(self.groups, removed, strict=True) if bool(marks.any())])
         remove(self.model, self.walk, self.alive(removed))
+
+    def _note(self, groups: Sequence[Group]) -> None:
+        """For the report: what loses channels with the first layer of each group, tied layers included."""
+        owners: dict[int, list[str]] = {}
+        for layer in layers(self.model):
+            own = [get_attribute(self.model, name) for name in layer.computed] or tensors(layer.module).values()
+            for tensor in own:
+                owners.setdefault(id(tensor), []).append(layer.name)
+        for group in groups:
+            for member in group.members:
+                for name in owners.get(id(self.tensor(member)), [member.slot.tensor]):
+                    note_reach(self.model, group.name, name)
 
 
 class Cost:
