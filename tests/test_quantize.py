@@ -205,6 +205,9 @@ def test_an_unknown_runtime_is_refused_with_those_there_are():
         surgery.operate(network(), X[:2], recipe, data=[X], latency_rounds=0)
 
 
+FOLDED = "folded into 0, which gains a bias"
+
+
 def test_a_plugin_adds_a_target():
     only_linear = Target(
         name="mine",
@@ -219,7 +222,7 @@ def test_a_plugin_adds_a_target():
     captured = surgery.capture(network(), X[:2])
     context = Context(captured, Data.of([X]), registry=Registry.load([plugin]))
     after, report = Quantize(runtime="mine", vnni=False)(captured, context)
-    assert [edit.layer for edit in report.edits] == ["6"]
+    assert [(edit.layer, edit.what) for edit in report.edits] == [("6", "8-bit weights"), ("1", FOLDED)]
     assert int(integers(after)["6.weight"].abs().max()) == 127
     assert "mine has no integer kernel for Conv2d" in {skip.why for skip in report.skips}
 
