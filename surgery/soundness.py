@@ -30,7 +30,7 @@ def check_model(model: nn.Module) -> None:
 def check_outputs(model: fx.GraphModule) -> None:
     """Raises ModelError where a captured model takes or gives complex numbers, which ONNX has none of."""
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    outputs = next(iter(reversed(model.graph.nodes))).all_input_nodes
+    outputs = model.graph.output_node().all_input_nodes
     for what, way, nodes in (("input", "view_as_complex", inputs), ("output", "view_as_real", outputs)):
         for number, node in enumerate(nodes):
             kind = getattr(node.meta.get("tensor_meta"), "dtype", None)

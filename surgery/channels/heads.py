@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_leaves
 
 from ..graph import shape
+from ..torch_private import UNSAFE_VIEW, tree_leaves
 from ..vocabulary import arguments
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ PRODUCTS: frozenset[Any] = frozenset(
 )
 _MIXING: frozenset[Any] = frozenset((aten.linear, aten.addmm, aten.mm, aten.einsum, aten.embedding))
 _VIEWS: frozenset[Any] = frozenset(
-    (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
+    (aten.view, aten.reshape, UNSAFE_VIEW, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
 )
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ..errors import ExportError
+from ..torch_private import schema_of
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ def _place(node: fx.Node) -> str:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments by name, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = schema_of(node.target).arguments
     given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
     return {a.name: given.get(a.name, a.default_value) for a in schema}
 
