@@ -48,7 +48,9 @@ class Kernel:
         """√(f(W') / f(0)) of W' `product` (O, I, *k): 0 = none, 1 = no better than nothing."""
         rest = self.matrix - product.flatten(1)
         lost = float((self.seen(rest) * rest).sum())
-        return math.sqrt(max(0.0, lost) / max(self.energy, 1e-300))
+        if self.energy > 0:
+            return math.sqrt(max(0.0, lost) / self.energy)
+        return math.inf if lost > 0 else 0.0
 
     def seen(self, matrix: Tensor) -> Tensor:
         """M Σ of a matrix M (·, I·k)."""
