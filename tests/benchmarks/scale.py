@@ -235,6 +235,8 @@ def main() -> None:
             if done.returncode == 0:
                 print(done.stdout.strip(), flush=True)
                 kept(json.loads(done.stdout))
+            else:
+                print(f"{name}, {step}: ended with {done.returncode}", flush=True)
 
 
 if __name__ == "__main__":
