@@ -170,6 +170,15 @@ def _slice(call: Shrinking) -> None:
             call.set(name, call.before(call.input, dim, place))
 
 
+def _narrow(call: Shrinking) -> None:
+    dim = call["dim"] % call.input.ndim
+    if call.input.axes[dim] is not None:
+        start = call["start"] % call.input.shape[dim] if call["length"] else 0
+        first, last = (call.before(call.input, dim, place) for place in (start, start + call["length"]))
+        call.set("start", first)
+        call.set("length", last - first)
+
+
 def _select(call: Shrinking) -> None:
     dim = call["dim"] % call.input.ndim
     call.set("index", call.before(call.input, dim, call["index"] % call.input.shape[dim]))
@@ -252,6 +261,9 @@ RULES: dict[Any, Shrink] = {
     aten.split: _split,
     aten.split_with_sizes: _split,
     aten.chunk: _split,
+    aten.unsafe_split: _split,
+    aten.unsafe_chunk: _split,
+    aten.narrow: _narrow,
     aten.tensor_split: _split,
     aten.squeeze: _squeeze,
     aten.pad: _pad,
