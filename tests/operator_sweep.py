@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from surgery import CapturedModel, CaptureError, Context, ModelError, SurgeryError, capture, export_onnx, find_channels
+from surgery import (
+    CapturedModel,
+    CaptureError,
+    Context,
+    ModelError,
+    PassError,
+    SurgeryError,
+    capture,
+    export_onnx,
+    find_channels,
+)
 from surgery.registry import Registry
 
 BOUND = 1e-5
@@ -151,13 +161,15 @@ def _examined(op: Any, sample: Any) -> tuple[Row, CapturedModel | None]:
             reasons = dict.fromkeys(f.why for f in found.frozen if f.layer == "first")
             return Row(name, "unprunable", ", ".join(reasons)), captured
         step = Registry.load().passes["prune_filters"](ratio=0.5, reconstruct=False)
-        pruned, _ = step(captured, Context(captured))
+        pruned, report = step(captured, Context(captured))
+        if not any(edit.layer == "first" for edit in report.edits):
+            return Row(name, "unprunable", next((s.why for s in report.skips if s.layer == "first"), "")), captured
         error = removal_error(model, pruned)
     except Vacuous as vacuous:
         return Row(name, "out of scope", str(vacuous)), None
     except CaptureError as refusal:
         return Row(name, "refused", refusal.problem), None
-    except ModelError as refusal:
+    except (ModelError, PassError) as refusal:
         return Row(name, "unprunable", refusal.problem), captured
     except Exception as error:
         return Row(name, "crash", _in_short(error)), None

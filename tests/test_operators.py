@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 from operator_sweep import database, examined, name_of
 
 pytest.importorskip("expecttest", reason="PyTorch's database of operators needs it")
+PAGE = Path(__file__).parent.parent / "docs" / "operators.md"
 KINDS = (
     "sin",
     "amax",
@@ -37,3 +40,9 @@ def test_an_operator_that_chance_chose_is_pruned_right_or_left_alone_or_refused(
 def test_an_operator_of_every_kind_is_pruned(name):
     row = examined(next(op for op in database() if name_of(op) == name), onnx=False)
     assert row.outcome == "pruned", row
+
+
+def test_the_page_counts_no_wrong_result_and_no_crash():
+    counts = dict(re.findall(r"^\| (\w[\w ]*) \| (\d+) \|$", PAGE.read_text(), re.MULTILINE))
+    assert (counts["wrong"], counts["crash"]) == ("0", "0")
+    assert int(counts["pruned"]) >= 150

@@ -86,7 +86,9 @@ def reduction(call: Call) -> Any:
     x, given = call.input, call["dim"]
     dims = {d % x.ndim for d in (given if isinstance(given, list | tuple) else [given]) if d is not None}
     dims = dims or set(range(x.ndim))
-    sums = operator_name(call).removeprefix("aten::") in _SUMS
+    order = call["ord"] if call["ord"] is not None else call["p"]
+    negative = isinstance(order, int | float) and order < 0  # of the smallest, which a zero is
+    sums = operator_name(call).removeprefix("aten::") in _SUMS and not negative
     for d in dims:
         axis = x.axes[d]
         if axis and not (sums and axis.zero) and not _normalises(call):

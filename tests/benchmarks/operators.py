@@ -87,10 +87,11 @@ def page(rows: Sequence[Row]) -> str:
 HEAD = """# Operators
 
 Written by `make operators`, so far for {all} of the 702 entries of PyTorch's own database of operators
-(`torch.testing._internal.common_methods_invocations.op_db`). Each, with its own samples, stands between a convolution and a
-layer that reads its result. The network is captured, `prune_filters` takes half of the channels, and what is left is
-held against PyTorch's own run of the original with these channels at zero; which they are is read off the values that
-are left. The result is exported and run in ONNX Runtime. {tried} entries take floats (N, C, …) and give numbers.
+(`torch.testing._internal.common_methods_invocations.op_db`). Each, with its own samples, stands between a convolution
+and a layer that reads its result. The network is captured, `prune_filters` takes half of the channels, and what is
+left is held against PyTorch's own run of the original with these channels at zero; which they are is read off the
+values that are left. The result is exported and run in ONNX Runtime. {tried} entries take floats (N, C, …) and give
+numbers.
 
 Largest deviation of removed from masked: {largest[0]:.0e}. {exported} were tried in ONNX Runtime as well:
 {right} are exported, and deviate by {largest[1]:.0e} at most; the others are refused at export, by name.
