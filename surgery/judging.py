@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,14 @@ class Judge:
         self._files = [(m, path) for m, path in self._files if m is model or m is self.original]
 
     def check_budget(self) -> Standing:
-        """Where the original stands, by the first batch alone where that tells.
+        """Where the original stands, by all the data.
 
         Raises:
             ExportError: it has no right ONNX file.
             RecipeError: it breaks the budget itself, or nothing is there to measure the budget by.
         """
         budget = self._recipe.budget
-        verification = self._verify(self.original, first_batch_only=budget.accuracy is None)
+        verification = self._verify(self.original)
         bounds = [name for name, bound in budget.model_dump().items() if bound is not None]
         place, problems = f"recipe {self._recipe.name}, budget", "; ".join(verification.shortfalls)
         if verification.unmeasured and len(verification.unmeasured) == len({*bounds} - {"parity"}):
@@ -148,14 +147,12 @@ class Judge:
         size = 0 if self.without_file else file_bytes(self.file(model))
         return Standing(measure(model, model.inputs), size, verification, latency)
 
-    def _verify(self, model: CapturedModel, *, first_batch_only: bool = False) -> Verification:
+    def _verify(self, model: CapturedModel) -> Verification:
         """On the evaluation data, else the calibration data, else the example inputs."""
         self._progress("verify", 0, 1)
         data = self._data
         labelled = data.evaluation is not None
         batches = self._batches()
-        if first_batch_only:
-            batches = islice(batches, 1)
         file = None if self.without_file else self.file(model)
         state = ProcessState()
         try:

@@ -133,3 +133,12 @@ def test_criteria_by_sample_are_the_same_where_the_batch_is_not_first(criterion)
         found.append(context.criterion(criterion).scores(context.channels(model), context))
     for plain, turned in zip(*found, strict=True):
         torch.testing.assert_close(turned, plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["svd", "kmeans", "prune_weights"])
+def test_one_sample_on_which_outputs_do_not_vary_gives_errors_that_are_numbers(captured, name):
+    options = {"rank": 2} if name == "svd" else {}
+    model = captured["Hidden"]
+    step = Registry.load().find_pass(name)(select=("linear",), **options)
+    _, report = step(model, Context(model, Data(calibration=batches(1))))
+    assert [edit.layer for edit in report.edits] == ["linear"]

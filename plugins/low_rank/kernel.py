@@ -45,12 +45,10 @@ class Kernel:
         return float((self.moment * self.matrix).sum())
 
     def error(self, product: Tensor) -> float:
-        """√(f(W') / f(0)) of W' `product` (O, I, *k): 0 = none, 1 = no better than nothing."""
+        """√(f(W') / f(0)) of W' `product` (O, I, *k): 0 = none, 1 = no better than nothing, also where f(0) is 0."""
         rest = self.matrix - product.flatten(1)
         lost = float((self.seen(rest) * rest).sum())
-        if self.energy > 0:
-            return math.sqrt(max(0.0, lost) / self.energy)
-        return math.inf if lost > 0 else 0.0
+        return math.sqrt(lost) / math.sqrt(self.energy if self.energy > 0 else lost) if lost > 0 else 0.0
 
     def seen(self, matrix: Tensor) -> Tensor:
         """M Σ of a matrix M (·, I·k)."""
