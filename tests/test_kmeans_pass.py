@@ -300,8 +300,8 @@ def test_constant_and_small_layers_are_left_with_the_reason() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
-    model[1].weight.data[3, 4] = bad
     captured = capture(model.eval(), torch.zeros(2, 40))
+    captured.get_parameter("1.weight").data[3, 4] = bad
     with pytest.raises(PassError, match="1: its weight holds NaN or infinity") as caught:
         Kmeans()(captured, Context(captured))
     assert caught.value.fix

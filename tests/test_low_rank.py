@@ -483,10 +483,10 @@ def test_a_rank_above_every_maximum_is_an_error() -> None:
 
 
 def test_nan_weights_are_named() -> None:
-    model = net()
-    model.conv.weight.data[0, 0] = float("nan")
+    captured = capture(net(), torch.randn(2, 3, 10, 10))
+    captured.get_parameter("conv.weight").data[0, 0] = float("nan")
     with pytest.raises(PassError, match="conv: its weight holds NaN"):
-        apply(ChannelSvd(rank=4), model, torch.randn(2, 3, 10, 10))
+        ChannelSvd(rank=4)(captured, Context(captured))
 
 
 def test_a_zero_kernel_is_left_alone() -> None:

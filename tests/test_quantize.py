@@ -155,13 +155,13 @@ def test_weights_that_are_not_finite_are_left_alone_with_the_reason():
         def __init__(self):
             super().__init__()
             self.good, self.bad = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.bad.weight.data[0, 0] = float("inf")
 
         def forward(self, x):
             return self.good(x), self.bad(x).isfinite().float()
 
     x = torch.rand(2, 4) + 0.5
     captured = surgery.capture(Unused(), x)
+    captured.get_parameter("bad.weight").data[0, 0] = float("inf")
     _, report = Quantize()(captured, Context(captured, Data.of([x]), registry=REGISTRY))
     assert [(s.layer, s.why) for s in report.skips] == [("bad", "its weight holds NaN or infinity")]
     assert [e.layer for e in report.edits] == ["good"]
