@@ -20,6 +20,8 @@ def full_precision() -> Iterator[None]:
     """
     import torch
 
+    from .torch_private import writable_switches
+
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
     kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
@@ -28,12 +30,14 @@ def full_precision() -> Iterator[None]:
     with suppress(RuntimeError):
         legacy = cudnn.allow_tf32
     try:
-        cudnn.allow_tf32 = False
+        with writable_switches():
+            cudnn.allow_tf32 = False
         for kind in kinds:
             kind.fp32_precision = "ieee"
         yield
     finally:
         if legacy is not None:
-            cudnn.allow_tf32 = legacy
+            with writable_switches():
+                cudnn.allow_tf32 = legacy
         for kind, setting in zip(kinds, before, strict=True):
             kind.fp32_precision = setting

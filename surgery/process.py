@@ -122,7 +122,14 @@ def _settings() -> Iterator[_Setting]:
 
 
 def _attribute(name: str, owner: Any, attribute: str) -> _Setting:
-    return _Setting(name, partial(getattr, owner, attribute), partial(setattr, owner, attribute))
+    return _Setting(name, partial(getattr, owner, attribute), partial(_set_switch, owner, attribute))
+
+
+def _set_switch(owner: Any, attribute: str, value: Any) -> None:
+    from .torch_private import writable_switches
+
+    with writable_switches():
+        setattr(owner, attribute, value)
 
 
 def _rng_state(device: int | None = None) -> bytes:

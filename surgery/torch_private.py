@@ -49,6 +49,12 @@ TO_COPY = torch.ops.aten._to_copy
 TRILINEAR = torch.ops.aten._trilinear
 
 
+def writable_switches() -> AbstractContextManager[None]:
+    """In here `torch.backends` may be written, also once `torch.testing._internal` was imported, which forbids it."""
+    opened: AbstractContextManager[None] = getattr(torch.backends, "__allow_nonbracketed_mutation")()
+    return opened
+
+
 # --- modules ---
 
 

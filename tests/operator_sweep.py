@@ -333,5 +333,4 @@ def database() -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
-    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True  # which the import forbids
     return list(op_db)

@@ -66,3 +66,12 @@ def test_capture_and_export_work_whatever_precision_the_user_asked_for(asked, tm
     surgery.export_onnx(model, model.inputs, tmp_path / "model.onnx")
     assert surgery.verify(model, model, model.inputs, onnx=tmp_path / "model.onnx").passed
     assert settings() == asked
+
+
+def test_a_process_that_forbids_to_write_pytorchs_switches_is_served_too(monkeypatch):
+    """`torch.testing._internal` forbids it when it is imported."""
+    monkeypatch.setitem(BACKENDS.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
+    model = surgery.capture(nn.Linear(3, 2), torch.rand(2, 3))
+    _, report = Look()(model, Context(model, Data()))
+    assert set(report.notes) == {"ieee"}
+    assert BACKENDS.flags_frozen()
