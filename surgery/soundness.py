@@ -54,7 +54,7 @@ def _denormals(tensor: Tensor) -> int:
     return int(((size > 0) & (size < torch.finfo(tensor.dtype).tiny)).sum())
 
 
-_QUANTISED = "give the float model it was made from, and have `quantize` do it"
+_QUANTISED = "give the float model it was made from, and have a pass of a recipe do it"
 
 
 @dataclass(frozen=True)

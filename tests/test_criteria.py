@@ -352,7 +352,7 @@ def test_missing_or_empty_data_is_an_error_that_leaves_the_model_alone(criterion
     ("criterion", "batch", "loss", "message"),
     [
         ("taylor", torch.rand(2, 3, 8, 8), None, "training batch 0"),
-        ("taylor", (torch.rand(2, 3, 9, 8), torch.zeros(2).long()), None, "input x is float32"),
+        ("taylor", (torch.rand(2, 3, 9, 8), torch.zeros(2).long()), None, "height is fixed at 8, and input x has 9"),
         ("taylor", (torch.full((2, 3, 8, 8), torch.nan), torch.zeros(2).long()), None, "NaN"),
         ("taylor", (torch.rand(2, 3, 8, 8), torch.rand(3)), None, r"no cross-entropy of an output \(2, 5\)"),
         ("taylor", (torch.rand(2, 3, 8, 8), None), lambda output, target: output, "return a scalar"),

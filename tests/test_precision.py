@@ -41,6 +41,7 @@ def asked(request):
     before = settings()
     request.param()
     yield settings()
+    torch.set_float32_matmul_precision("highest")
     for kind, setting in zip(KINDS, before, strict=True):
         kind.fp32_precision = setting
 

@@ -71,7 +71,7 @@ class Quantisation:
         return PassReport((*edits, *self._only_prepared(edits)), tuple(self.skips), (*notes, *left, *self.measured))
 
     def _only_prepared(self, edits: Sequence[Edit]) -> list[Edit]:
-        """What was done first to layers that stay float after all."""
+        """What was done to layers that stay float after all: folded into, trained."""
         untold = {layer.name for layer in surgery.layers(self.model)} - {edit.layer for edit in edits}
         return [edit for edit in self.first if untold.intersection((edit.layer, *edit.also))]
 
@@ -92,6 +92,7 @@ class Quantisation:
         fitted = fit(self.step, self.bits, start, reference, _named(start, names), lookups, self.context)
         if train:
             fitted, report = trained(self.step, model, chosen, fitted, self.context)
+            self.first += report.edits
             left = (*left, *(f"trained through the integers: {note}" for note in report.notes))
         return tuple(self._write(model, chosen, fitted, lookups)), left
 

@@ -54,8 +54,8 @@ def _compare(model: nn.Module, example: Inputs, file: Path) -> None:
         found = parity(model, file, [example])
     except SurgeryError as error:
         raise ExportError(
-            f"ONNX Runtime cannot compute what torch.onnx made of {type(model).__name__}: {error.problem}",
-            fix=ANOTHER_WAY,
+            f"{type(model).__name__} cannot be run as ONNX: {error.problem.replace(str(file), file.name)}",
+            fix=f"{error.fix}; or {ANOTHER_WAY}",
         ) from error
     place = found.first_divergence
     if place is not None:
