@@ -27,8 +27,9 @@ _thread = threading.local()
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Runs the body while no other thread is in one of these, outside `torch.inference_mode` and with gradients; then
-    everything that `ProcessState` knows is as before, warnings, loggers and streams included. May be nested.
+    """Runs the body while no other thread is in one of these, outside `torch.inference_mode` and autocast and with
+    gradients; then everything that `ProcessState` knows is as before, warnings, loggers and streams included. It may be
+    nested.
 
     Raises:
         MemoryLimitError: the body ran out of memory.
@@ -46,6 +47,8 @@ def exclusive() -> Iterator[None]:
         stack.enter_context(_streams_and_loggers())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(memory_told())
         yield
 

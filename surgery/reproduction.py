@@ -120,9 +120,9 @@ def varied(inputs: Inputs) -> Inputs:
 
 
 def _varied(tensor: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-    factors = 0.5 + torch.rand(tensor.shape, generator=generator) / 2
+    generator = torch.Generator("cpu").manual_seed(0)  # as its tensors, whatever the caller's default device is
+    order = torch.randperm(tensor.numel(), generator=generator, device="cpu").to(tensor.device)
+    factors = 0.5 + torch.rand(tensor.shape, generator=generator, device="cpu") / 2
     return tensor.flatten()[order].view(tensor.shape) * factors.to(tensor)
 
 

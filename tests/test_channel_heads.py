@@ -6,8 +6,12 @@ import pytest
 import torch
 from random_networks import Do
 from removal import assert_removed_is_masked, found, reasons, sizes
+from surgery_plugins.prune_filters import PruneFilters
 from torch import nn
 from torch.nn import functional as F
+
+import surgery
+from surgery import Context
 
 
 def repeated(how, x, times):
@@ -140,3 +144,17 @@ def test_the_attention_of_pytorch_with_padded_keys_loses_heads_and_features(weig
     channels = found(Padded(weights, encoder).eval(), x, heads=heads)
     assert 4 in [group.size for group in channels.groups if "in_proj" in group.name or "attend" in group.name]
     assert_removed_is_masked(channels)
+
+
+def test_queries_keys_and_values_that_one_weight_holds_are_told_of_by_its_name():
+    def run(m, x):
+        memory = m.memory(x)
+        return m.head(m.attend(m.first(x), memory, memory)[0])
+
+    parts = {name: nn.Linear(8, 16) for name in ("first", "memory")}
+    net = Do(run, **parts, attend=nn.MultiheadAttention(16, 4, batch_first=True), head=nn.Linear(16, 3)).eval()
+    captured = surgery.capture(net, torch.rand(2, 5, 8))
+    pruned, report = PruneFilters(ratio=0.5)(captured, Context(captured))
+    told = {edit.layer: edit.numbers["channels_after"] for edit in report.edits}
+    assert told == {"first": 8, "memory": 8, "attend.in_proj_weight": 24, "attend.out_proj": 8}
+    assert pruned.get_parameter("attend.in_proj_weight").shape == (24, 8)

@@ -171,6 +171,17 @@ def test_a_run_in_inference_mode_is_the_same_bytes(tmp_path):
     assert files(tmp_path / "inside") == files(tmp_path / "plain")
 
 
+def test_the_callers_autocast_and_default_device_are_left_outside():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = surgery.capture(model, x)
+    assert torch.equal(captured(x), model(x))
+    with torch.device("meta"):
+        captured = surgery.capture(model, x)
+    assert torch.equal(captured(x), model(x))
+
+
 def test_threads_at_once_give_what_one_after_the_other_gives(tmp_path):
     barrier, before = Barrier(2), everything()
 

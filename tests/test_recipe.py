@@ -353,6 +353,7 @@ def test_overrides_go_by_index_by_name_and_by_key(registry):
         ("pases.0.amount", "did you mean passes"),
         ("budget.sqnr", "sqnr"),
         ("seed.low", "seed"),
+        (3, "a recipe has no '3'"),
     ],
 )
 def test_an_override_of_nothing_says_what_there_is(path, message, registry):

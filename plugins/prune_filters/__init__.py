@@ -105,7 +105,7 @@ class PruneFilters(Pass):
         keep: Kept = {}
         repaired: tuple[Edit, ...] = ()
         found = context.channels(model, heads=self.heads)
-        widths, skips, start = {side.layer: len(side.ids) for side in found.outputs}, _skips(found), Start.of(found)
+        widths, skips, start = _widths(found), _skips(found), Start.of(found)
         lost: Counter[str] = Counter()
         notes: list[str] = []
         removal = Removal(self, model, context, criterion, start)
@@ -148,6 +148,14 @@ def _kept_of(before: Kept, now: Kept) -> Kept:
         own = merged.setdefault(name, {})
         own.update({dim: own[dim][left] if dim in own else left for dim, left in dims.items()})
     return merged
+
+
+def _widths(found: Channels) -> Counter[str]:
+    """Output channels by layer; several layers may be cut out of one weight."""
+    widths: Counter[str] = Counter()
+    for side in found.outputs:
+        widths[side.layer] += len(side.ids)
+    return widths
 
 
 def _lost(found: Channels, marks: list[Tensor]) -> Counter[str]:

@@ -90,7 +90,7 @@ class Walk:
         return Value(result.shape, tuple(axes), result.dtype) if node is shuffle.nodes[-1] else result
 
     def _call(self, node: fx.Node) -> Call:
-        module, layer = None, self._layers.get(node, node.name)
+        module, layer = None, self._layers.get(node) or _weight_of(node)
         if node.op == "call_module":
             module, layer = self.model.get_submodule(str(node.target)), str(node.target)
         named = arguments(node) if isinstance(node.target, OpOverload) else _in_order(node)
@@ -102,6 +102,15 @@ class Walk:
         for value in values_in(tree_map_only(fx.Node, self.values.__getitem__, node.args)):
             for axis in filter(None, value.axes):
                 self.facts.positions.freeze(axis.ids, "an output of the model")
+
+
+def _weight_of(node: fx.Node) -> str:
+    """The parameter that the weight of a functional layer is cut out of, as those of queries, keys and values are;
+    the node's own name where there is none."""
+    weight = arguments(node).get("weight") if isinstance(node.target, OpOverload) else None
+    while isinstance(weight, fx.Node) and weight.op == "call_function" and weight.args:
+        weight = weight.args[0]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
 
 
 def rigid_result(node: fx.Node) -> Any:

@@ -137,10 +137,10 @@ def overridden(raw: Any, overrides: Mapping[str, Any], place: str) -> Any:
         return raw
     result = {**raw, "passes": [dict(item) if isinstance(item, dict) else item for item in raw["passes"]]}
     for path, value in overrides.items():
-        first, _, rest = path.partition(".")
+        first, _, rest = str(path).partition(".")
         if first not in Recipe.model_fields:
             known = [*Recipe.model_fields, "passes.0.…"]
-            raise _no_path(path, f"a recipe has no {first!r}{did_you_mean(first, known)}", place, ", ".join(known))
+            raise _no_path(str(path), f"a recipe has no {first!r}{did_you_mean(first, known)}", place, ", ".join(known))
         if first == "passes":
             _set_in_pass(result["passes"], path, rest, value, place)
         else:
