@@ -107,7 +107,8 @@ class Walk:
 def _weight_of(node: fx.Node) -> str:
     """The parameter that the weight of a functional layer is cut out of, as those of queries, keys and values are;
     the node's own name where there is none."""
-    weight = arguments(node).get("weight") if isinstance(node.target, OpOverload) else None
+    cut = isinstance(node.target, OpOverload) and str(node.target).startswith(("aten.linear", "aten.conv"))
+    weight = arguments(node).get("weight") if cut else None
     while isinstance(weight, fx.Node) and weight.op == "call_function" and weight.args:
         weight = weight.args[0]
     return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
