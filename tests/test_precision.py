@@ -41,6 +41,7 @@ def asked(request):
     before = settings()
     request.param()
     yield settings()
+    BACKENDS.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("highest")
     for kind, setting in zip(KINDS, before, strict=True):
         kind.fp32_precision = setting
