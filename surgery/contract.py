@@ -248,10 +248,8 @@ def _changed(before: CapturedModel, after: CapturedModel) -> str | None:
         if not same(old[name], new[name]):
             return name
     modules = dict(after.named_modules())
-    options = [
-        (name, module) for name, module in before.named_modules() if name
-    ]  # a GraphModule has a class of its own
-    return next((name for name, module in options if form(module) != form(modules[name])), None)
+    inner = [(name, module) for name, module in before.named_modules() if name]  # a GraphModule has its own class
+    return next((name for name, module in inner if form(module) != form(modules[name])), None)
 
 
 def _skeleton(model: CapturedModel) -> list[tuple[str, str, str, str]]:

@@ -22,10 +22,12 @@ from .torch_private import TO_COPY as TO_COPY
 from .torch_private import BatchNorm as BatchNorm
 from .torch_private import ConvNd as ConvNd
 from .torch_private import NormBase as NormBase
-from .torch_private import buffers_of, children_of, tensor_metadata
+from .torch_private import buffers_of as buffers_of
+from .torch_private import children_of as children_of
 from .torch_private import parameters_of as parameters_of
 from .torch_private import register_decomposed as register_decomposed
 from .torch_private import set_parameters as set_parameters
+from .torch_private import tensor_metadata
 from .torch_private import tree_leaves as tree_leaves
 from .torch_private import tree_map_only as tree_map_only
 from .tracing import evaluating

@@ -7,7 +7,7 @@ hardware rounds off for what a pass has done. Convolutions on CUDA take TF32 unl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -26,18 +26,27 @@ def full_precision() -> Iterator[None]:
     mkldnn: Any = torch.backends.mkldnn
     kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     before = [kind.fp32_precision for kind in kinds]
-    legacy = None
-    with suppress(RuntimeError):
-        legacy = cudnn.allow_tf32
+    with writable_switches():
+        legacy = _legacy_switch()
+        cudnn.allow_tf32 = False
     try:
-        with writable_switches():
-            cudnn.allow_tf32 = False
         for kind in kinds:
             kind.fp32_precision = "ieee"
         yield
     finally:
-        if legacy is not None:
-            with writable_switches():
-                cudnn.allow_tf32 = legacy
+        with writable_switches():
+            cudnn.allow_tf32 = legacy
         for kind, setting in zip(kinds, before, strict=True):
             kind.fp32_precision = setting
+
+
+def _legacy_switch() -> bool:
+    """`cudnn.allow_tf32`, which can be read only where the newer settings say the same; they are changed for it."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
+    try:
+        return bool(cudnn.allow_tf32)
+    except RuntimeError:  # it is off, which contradicts them
+        return False

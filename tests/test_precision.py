@@ -10,6 +10,7 @@ from torch import nn
 
 import surgery
 from surgery import Context, Data, Pass, PassReport
+from surgery.precision import full_precision
 
 BACKENDS = torch.backends
 KINDS = [BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn]
@@ -41,7 +42,6 @@ def asked(request):
     before = settings()
     request.param()
     yield settings()
-    BACKENDS.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("highest")
     for kind, setting in zip(KINDS, before, strict=True):
         kind.fp32_precision = setting
@@ -68,6 +68,21 @@ def test_capture_and_export_work_whatever_precision_the_user_asked_for(asked, tm
     surgery.export_onnx(model, model.inputs, tmp_path / "model.onnx")
     assert surgery.verify(model, model, model.inputs, onnx=tmp_path / "model.onnx").passed
     assert settings() == asked
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_the_older_switch_comes_back_also_where_the_newer_ones_hide_it(older):
+    before, cudnn = settings(), BACKENDS.cudnn
+    cudnn.allow_tf32 = older
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
+    with full_precision():
+        assert not cudnn.allow_tf32
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if older else "ieee"
+    assert cudnn.allow_tf32 is older
+    cudnn.allow_tf32 = True
+    for kind, setting in zip(KINDS, before, strict=True):
+        kind.fp32_precision = setting
 
 
 def test_a_process_that_forbids_to_write_pytorchs_switches_is_served_too(monkeypatch):

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import surgery
 from surgery import CapturedModel, Channels, Context, Criterion, PassError, Skip
 from surgery.channels import masking_bytes, remove_and_compare
+from surgery.graph import buffers_of, children_of, parameters_of
 
 from .choosing import Choice, Key, Start, numbered
 
@@ -137,6 +138,8 @@ def _bound(model: CapturedModel) -> float:
 
 def _adopt(model: CapturedModel, trial: CapturedModel) -> None:
     """`model` becomes what `trial` is, a copy of it that was edited."""
-    for own in ("_parameters", "_buffers", "_modules"):
-        vars(model)[own] = vars(trial)[own]
+    stores: tuple[Callable[[nn.Module], dict[str, Any]], ...] = (parameters_of, buffers_of, children_of)
+    for store in stores:
+        store(model).clear()
+        store(model).update(store(trial))
     model.graph = trial.graph

@@ -72,11 +72,8 @@ def _named(found: Iterable[Any]) -> Iterable[tuple[str, Any]]:
 
 def _of_torch_nn(path: str) -> type[nn.Module] | None:
     module, _, name = path.partition(":")
-    cls = (
-        vars(sys.modules[module]).get(name)
-        if module.startswith("torch.nn.modules.") and module in sys.modules
-        else None
-    )
+    known = module.startswith("torch.nn.modules.") and module in sys.modules
+    cls = vars(sys.modules[module]).get(name) if known else None
     return cls if isinstance(cls, type) and issubclass(cls, nn.Module) and class_path(cls) == path else None
 
 
@@ -94,9 +91,4 @@ def _computes(function: OpOverload) -> bool:
     """Whether calling it does nothing but give a result."""
     schema = schema_of(function)
     writes = schema.is_mutable or any(argument.name == "filename" for argument in schema.arguments)
-    return bool(schema.returns) and not writes and _has_kernel(function)
-
-
-def _has_kernel(function: OpOverload) -> bool:
-    """Whether the dispatcher runs it: what only TorchScript has may do anything."""
-    return has_kernel(function)
+    return bool(schema.returns) and not writes and has_kernel(function)
